@@ -1,0 +1,135 @@
+"""The failures that rooms tell each other about, as types.
+
+Owns: what is refused to a client (`Refusal`), what an upstream did to us (`UpstreamError`), and what is wrong with a
+configuration (`Finding`, `ConfigError`). Must not know: HTTP bytes, sockets, dialects; who catches decides what to send.
+Invariants: no message carries a secret or a prompt; every `Refusal` has a status of 400..599.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+# The `type` word of an error body where the raiser names none; every other 4xx is the asker's mistake.
+_TYPE_BY_STATUS = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def _type_of(status: int) -> str:
+    """The error type that SDKs expect beside this status."""
+    named = _TYPE_BY_STATUS.get(status)
+    if named is not None:
+        return named
+    return "api_error" if status >= 500 else "invalid_request_error"
+
+
+class Refusal(Exception):
+    """What we answer to a client instead of serving it.
+
+    `headers` are extra answer headers, names lower-cased; `retry_after_s` (whole seconds, at least 1) adds `retry-after`.
+    `close` ends the connection after the answer, for input whose end we cannot know.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        type: str | None = None,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+        headers: Iterable[tuple[str, str]] = (),
+        close: bool = False,
+    ) -> None:
+        assert 400 <= status <= 599, status
+        super().__init__(status, code, message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.type = _type_of(status) if type is None else type
+        self.param = param
+        self.close = close
+        extra = tuple(headers)
+        if retry_after_s is not None:
+            extra += (("retry-after", str(max(1, retry_after_s))),)
+        self.headers: tuple[tuple[str, str], ...] = extra
+
+    def __str__(self) -> str:
+        return f"{self.status} {self.code}: {self.message}"
+
+
+class UpstreamErrorKind(StrEnum):
+    """What an upstream did, or did not do, in the words of the metric label `kind`."""
+
+    RESOLVE = "resolve"
+    REFUSED = "refused"
+    UNREACHABLE = "unreachable"
+    CONNECT_TIMEOUT = "connect_timeout"
+    TLS = "tls"
+    RESET = "reset"
+    EOF_BEFORE_HEAD = "eof_before_head"
+    BAD_HEAD = "bad_head"
+    FIRST_BYTE_TIMEOUT = "first_byte_timeout"
+    IDLE_TIMEOUT = "idle_timeout"
+    TOTAL_TIMEOUT = "total_timeout"
+    POOL_FULL = "pool_full"
+    POOL_TIMEOUT = "pool_timeout"
+    BROKEN_BODY = "broken_body"
+    NO_UPSTREAM = "no_upstream"
+
+
+class UpstreamError(Exception):
+    """An upstream failed us.
+
+    `sent` is True when any byte of the request may have reached it: a retry could then bill twice.
+    """
+
+    def __init__(self, kind: UpstreamErrorKind, upstream: str, detail: str = "", *, sent: bool = False) -> None:
+        super().__init__(kind, upstream, detail)
+        self.kind = kind
+        self.upstream = upstream
+        self.detail = detail
+        self.sent = sent
+
+    def __str__(self) -> str:
+        return f"upstream {self.upstream}: {self.kind}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong, or doubtful, about a configuration: where, what, and what to do about it.
+
+    `line` counts from 1; 0 means the file as a whole. `key` is the dotted path, with `[n]` for the n-th element from 0.
+    """
+
+    severity: Literal["error", "warning"]
+    file: str
+    line: int
+    key: str
+    message: str
+    remedy: str
+
+    def text(self) -> str:
+        """The one line that an operator reads."""
+        where = f"{self.file}:{self.line}" if self.line else self.file
+        subject = f" {self.key}" if self.key else ""
+        advice = f"; {self.remedy}" if self.remedy else ""
+        return f"{self.severity} {where}{subject}: {self.message}{advice}"
+
+
+class ConfigError(Exception):
+    """A configuration that may not run. `findings` holds everything found, warnings included."""
+
+    def __init__(self, findings: Iterable[Finding]) -> None:
+        self.findings: tuple[Finding, ...] = tuple(findings)
+        super().__init__(*self.findings)
+
+    def __str__(self) -> str:
+        return "\n".join(finding.text() for finding in self.findings)
