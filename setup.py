@@ -73,6 +73,7 @@ def extensions() -> list[Extension]:
     try:
         from Cython.Build import cythonize
         from Cython.Compiler import Options
+        from Cython.Compiler.Errors import CompileError
     except ImportError:
         give_up("Cython is not installed", 'install it: pip install "Cython>=3.3,<3.4"')
     Options.warning_errors = True  # a warning of Cython's is an error, as one of the C compiler's is
@@ -93,7 +94,11 @@ def extensions() -> list[Extension]:
         "cdivision": not DEBUG,
         "initializedcheck": DEBUG,
     }
-    return cythonize(found, include_path=["ext"], build_dir=f"build/cython-{KIND}", compiler_directives=directives)
+    try:
+        return cythonize(found, include_path=["ext"], build_dir=f"build/cython-{KIND}", compiler_directives=directives)
+    except CompileError as error:
+        give_up(f"Cython refused {error}", "its reasons are above")
+        raise
 
 
 # `setup.py --version`, egg_info and sdist need no Cython and no compiler.
