@@ -1,0 +1,1 @@
+"""Shared memory of one node's processes: metrics, liveness beats, revocations."""

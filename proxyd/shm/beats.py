@@ -1,0 +1,91 @@
+"""Liveness words: each process says that its loop turns; the master reads who has stopped.
+
+Owns one cache line per slot: | beat_ms | pid | epoch | state | streams | restarts | born_ms | - |. Must not know
+signals or what to do about a silent process. Times are milliseconds of CLOCK_MONOTONIC, which all processes share.
+Invariants: a slot's process writes beat, state and streams; the master writes pid, epoch, restarts and born, before
+the fork or after the reaping, so no word has two writers at once.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from proxyd.shm.region import BEAT_BYTES, Region
+
+_BEAT, _PID, _EPOCH, _STATE, _STREAMS, _RESTARTS, _BORN = range(7)
+
+
+class State(IntEnum):
+    """What a process says of itself. `/readyz` and `status` show it."""
+
+    GONE = 0
+    STARTING = 1
+    READY = 2
+    DRAINING = 3
+
+
+class Beat:
+    """One slot's line. Both sides use it; each keeps to its own words (see above)."""
+
+    __slots__ = ("_first", "_words")
+
+    def __init__(self, region: Region, slot: int) -> None:
+        region.slot_offset(slot)  # refuses a slot that does not exist
+        self._words = region.beat_words()
+        self._first = slot * BEAT_BYTES // 8
+
+    # the slot's own process
+    def beat(self, monotonic_s: float) -> None:
+        self._words.store(self._first + _BEAT, int(monotonic_s * 1000))
+
+    def enter(self, state: State) -> None:
+        self._words.store(self._first + _STATE, state)
+
+    def set_streams(self, streams: int) -> None:
+        self._words.store(self._first + _STREAMS, streams)
+
+    # the master
+    def birth(self, pid: int, epoch: int, monotonic_s: float) -> None:
+        """Called with pid 0 before the fork and with the pid after it: the child may beat in between."""
+        if not pid:
+            self._words.store(self._first + _EPOCH, epoch)
+            self._words.store(self._first + _STATE, State.STARTING)
+            self._words.store(self._first + _STREAMS, 0)
+            self._words.store(self._first + _BORN, int(monotonic_s * 1000))
+            self._words.store(self._first + _BEAT, int(monotonic_s * 1000))
+        self._words.store(self._first + _PID, pid)
+
+    def death(self) -> None:
+        for word in (_PID, _STATE, _STREAMS):
+            self._words.store(self._first + word, 0)
+
+    def count_restart(self) -> None:
+        self._words.add(self._first + _RESTARTS, 1)
+
+    # anybody
+    def silent_s(self, monotonic_s: float) -> float:
+        """Seconds since the last beat."""
+        return monotonic_s - self._words.load(self._first + _BEAT) / 1000
+
+    @property
+    def state(self) -> State:
+        return State(self._words.load(self._first + _STATE))
+
+    @property
+    def pid(self) -> int:
+        return self._words.load(self._first + _PID)
+
+    @property
+    def epoch(self) -> int:
+        return self._words.load(self._first + _EPOCH)
+
+    @property
+    def streams(self) -> int:
+        return self._words.load(self._first + _STREAMS)
+
+    @property
+    def restarts(self) -> int:
+        return self._words.load(self._first + _RESTARTS)
+
+    def age_s(self, monotonic_s: float) -> float:
+        return monotonic_s - self._words.load(self._first + _BORN) / 1000
