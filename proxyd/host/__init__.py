@@ -1,0 +1,1 @@
+"""What the kernel and systemd give a daemon: sockets, limits, notification."""

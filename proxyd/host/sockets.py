@@ -1,0 +1,223 @@
+"""Listeners: made once in the master, inherited by the workers.
+
+Owns binding, socket options and the Unix path's life. Must not know HTTP, configuration or processes.
+
+    TCP address    one SO_REUSEPORT listener per slot. It belongs to the slot, not to the worker: the master keeps it
+                   open, so what waits in a dead worker's backlog is accepted by its successor.
+    Unix path      one listener that all workers accept on. It is bound under a temporary name and renamed over the
+                   path, so there is no instant without a socket and a stale file needs no unlinking.
+
+Who may bind: SO_REUSEPORT would let a second daemon of the same user steal half of the connections in silence, so
+each address is first tried without it. A Unix path that answers is refused while the process that listens there
+lives; orphans of a killed master may still accept on it, and are recognised by SO_PEERCRED naming a dead process.
+Errors: OSError (EADDRINUSE, EACCES, EADDRNOTAVAIL ...) with the address in its text; nothing stays open then.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import struct
+from collections.abc import Sequence
+from typing import Protocol
+
+USER_TIMEOUT_MS = 30_000  # unacknowledged data or a zero window; half cuts phones in tunnels, twice doubles orphans
+NOTSENT_LOWAT_BYTES = 16_384  # a client that stops reading is seen at 16 KB, not at 5 MB; half costs system calls
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3
+UNIX_MODE = 0o660  # the reverse proxy joins our group; nobody else on the machine passes for a trusted proxy
+
+
+class Address(Protocol):
+    """What is read of a configured listen address (config.schema.Listen has these)."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def host(self) -> str | None: ...
+    @property
+    def port(self) -> int | None: ...
+    @property
+    def path(self) -> str | None: ...
+
+
+def bind_tcp(host: str, port: int, count: int, backlog: int) -> list[socket.socket]:
+    """`count` listeners that share one address and port. Port 0: they share the one the kernel chose."""
+    family, address = _resolve(host, port)
+    made: list[socket.socket] = []
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            _prepare(probe, family)
+            probe.bind(address)
+        for _ in range(count):
+            listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            made.append(listener)
+            _prepare(listener, family)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            set_client_options(listener)
+            listener.bind(address)
+            address = listener.getsockname()
+        # Listening only when all are bound: else the first would take, and lose, connections on a failed start.
+        for listener in made:
+            listener.listen(backlog)
+    except OSError as error:
+        for listener in made:
+            listener.close()
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}") from error
+    return made
+
+
+def set_client_options(sock: socket.socket) -> None:
+    """Options of a TCP client socket. Set on the listener: Linux copies every one of them to what it accepts, so
+    accepting costs no system call for them (a test compares both)."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+
+
+def _prepare(sock: socket.socket, family: int) -> None:
+    # Else the TIME_WAIT of a previous life keeps the port for a minute.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        # [::]:3000 and 0.0.0.0:3000 are two addresses in the file; neither may take the other's port.
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+
+
+def _resolve(host: str, port: int) -> tuple[int, tuple[str, int]]:
+    """Family and address. Only numeric addresses and names of the local files; the first answer is taken."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise OSError(errno.EADDRNOTAVAIL, f"cannot listen on {host}:{port}: {error.strerror}") from error
+    family, _, _, _, address = found[0]
+    return family, address  # type: ignore[return-value]
+
+
+class UnixListener:
+    """One listening Unix socket and the path that leads to it."""
+
+    __slots__ = ("_inode", "path", "sock")
+
+    def __init__(self, path: str, backlog: int, mode: int = UNIX_MODE) -> None:
+        refuse_live(path)
+        self.path = path
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        temporary = f"{path}.{os.getpid()}"
+        try:
+            try:
+                os.unlink(temporary)
+            except FileNotFoundError:
+                pass
+            self.sock.bind(temporary)
+            try:
+                os.chmod(temporary, mode)  # before listening: nobody connects under a wider mask
+                self.sock.listen(backlog)
+                self._inode = os.stat(temporary).st_ino
+                os.rename(temporary, path)
+            except OSError:
+                os.unlink(temporary)
+                raise
+        except OSError as error:
+            self.sock.close()
+            raise OSError(error.errno, f"cannot listen on unix:{path}: {error.strerror or error}") from error
+
+    def unlink(self) -> None:
+        """Removes the path if it still leads here; a successor's stays."""
+        try:
+            if os.lstat(self.path).st_ino == self._inode:
+                os.unlink(self.path)
+        except OSError:
+            pass
+
+
+def refuse_live(path: str) -> None:
+    """Raises OSError if the path is no socket, or if a living process listens there."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError(errno.EEXIST, f"cannot listen on unix:{path}: the path is there and is not a socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return
+        except BlockingIOError:
+            raise OSError(errno.EADDRINUSE, f"cannot listen on unix:{path}: in use, its backlog is full") from None
+        credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    # The pid that called listen(): the master of whoever accepts there. 0 is a process outside our pid namespace.
+    pid = struct.unpack("3i", credentials)[0]
+    if pid == 0 or os.path.exists(f"/proc/{pid}"):
+        raise OSError(errno.EADDRINUSE, f"cannot listen on unix:{path}: in use by process {pid}")
+
+
+class Listeners:
+    """All listening sockets of the node, as the master holds them.
+
+    `public[slot]` are a worker's own; `admin` are shared by all. A worker calls `keep(slot)` after the fork.
+    """
+
+    __slots__ = ("_unix", "admin", "public")
+
+    def __init__(self, listen: Sequence[Address], admin: Sequence[Address], slots: int, backlog: int) -> None:
+        self.public: list[list[socket.socket]] = [[] for _ in range(slots)]
+        self.admin: list[socket.socket] = []
+        self._unix: list[UnixListener] = []
+        try:
+            for address in listen:
+                if address.kind == "unix":
+                    shared = self._bind_unix(address, backlog)
+                    for own in self.public:
+                        own.append(shared)
+                else:
+                    made = bind_tcp(address.host or "", address.port or 0, slots, backlog)
+                    for own, listener in zip(self.public, made, strict=True):
+                        own.append(listener)
+            for address in admin:
+                if address.kind == "unix":
+                    self.admin.append(self._bind_unix(address, 128))
+                else:
+                    self.admin += bind_tcp(address.host or "", address.port or 0, 1, 128)
+        except OSError:
+            self.close()
+            raise
+
+    def _bind_unix(self, address: Address, backlog: int) -> socket.socket:
+        listener = UnixListener(address.path or "", backlog)
+        self._unix.append(listener)
+        return listener.sock
+
+    def keep(self, slot: int | None) -> list[socket.socket]:
+        """In a child: closes what is not the slot's (None: everything). Returns the slot's public listeners."""
+        own = self.public[slot] if slot is not None else []
+        kept = {sock.fileno() for sock in own}
+        for sock in self._all_public():
+            if sock.fileno() not in kept:
+                sock.close()
+        if slot is None:
+            for sock in self.admin:
+                sock.close()
+        return own
+
+    def close_public(self) -> None:
+        """In the master, when it drains: new clients are refused by the kernel once the workers closed theirs too."""
+        for listener in self._unix:
+            if listener.sock not in self.admin:
+                listener.unlink()
+        for sock in self._all_public():
+            sock.close()
+
+    def close(self) -> None:
+        """In the master, at its end: also removes the Unix paths."""
+        for listener in self._unix:
+            listener.unlink()
+        for sock in [*self._all_public(), *self.admin]:
+            sock.close()
+
+    def _all_public(self) -> list[socket.socket]:
+        return [sock for own in self.public for sock in own]
