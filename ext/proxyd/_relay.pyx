@@ -1,0 +1,850 @@
+# cython: language_level=3
+"""The hot exchange: bytes of one answer from an upstream descriptor to a client descriptor, one recv and one send a turn.
+
+Owns: readiness of both descriptors while a body streams, un-framing and re-framing, what the client has not taken yet.
+Must not know: routes, providers, tokens, policy, logs. What happens to the stream is told to one owner object:
+
+    owner.on_first()                  the first event (or, without a splitter, the first byte) was relayed
+    owner.on_tap(payload)             every piece of payload, only when `tap` was asked for
+    owner.on_mark()                   the splitter metered MARK_BYTES more text: time for a checkpoint
+    owner.on_complete(leftover, held) the upstream's framing says the body is whole; `held` is the unfinished last block
+                                      -> bytes to send before the end mark (`held` itself, or what takes its place)
+    owner.on_broken(error, detail)    the upstream failed (errno or 0) -> bytes to append; the end mark is NOT written
+    owner.on_client_gone(errno)       the client closed or reset
+    owner.on_drained()                everything, end mark included, was handed to the kernel
+    owner.on_failure(exception)       our own bug, or a callback raised: the owner closes both sides
+
+    upstream fd --recv--> | 32 | scratch: turn_bytes ... | 16 |  --send--> client fd
+                           ^ room for our chunk header    ^ room for CRLF, and 0 CRLF CRLF
+    what send() did not take -> `pending` (malloc, only while there is some), drained by the writer callback
+
+Invariants: at most one recv and one send per readiness; at most `buffer_bytes` pending, then the upstream is not read;
+spans of the splitter live until the end of the turn that made them; a closed exchange has no callback registered.
+The clock is read for one turn in sixteen, only to measure (proxyd_relay_lag_seconds); nothing is decided by it.
+"""
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.buffer cimport PyBUF_WRITABLE
+from cpython.memoryview cimport PyMemoryView_FromMemory
+from libc.errno cimport EAGAIN, ECONNRESET, EINTR, errno
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcpy, memmove
+from posix.types cimport off_t
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from proxyd._shm cimport Counter, Histogram
+from proxyd._sse cimport Span, Splitter
+
+import ssl
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void* iov_base
+        size_t iov_len
+
+cdef extern from "<sys/socket.h>" nogil:
+    struct msghdr:
+        iovec* msg_iov
+        size_t msg_iovlen
+    ssize_t recv(int fd, void* buf, size_t size, int flags)
+    ssize_t send(int fd, const void* buf, size_t size, int flags)
+    ssize_t sendmsg(int fd, const msghdr* message, int flags)
+    int MSG_DONTWAIT
+    int MSG_NOSIGNAL
+
+cdef extern from *:
+    """
+    #include <limits.h>
+    #include <string.h>
+    #include <sys/socket.h>
+    #include <sys/uio.h>
+    static inline void px_message(struct msghdr *m, struct iovec *iov, size_t n) {
+        memset(m, 0, sizeof *m); m->msg_iov = iov; m->msg_iovlen = n > IOV_MAX ? IOV_MAX : n;
+    }
+    """
+    void px_message(msghdr* message, iovec* vectors, size_t count) noexcept nogil
+
+BODY_LENGTH = 0
+BODY_CHUNKED = 1
+BODY_CLOSE = 2
+
+cdef enum:
+    HEADROOM = 32           # longest chunk header is 16 hex digits + CRLF
+    TAILROOM = 16           # CRLF "0" CRLF CRLF
+    MARK_BYTES = 1024       # 256 tokens at four bytes each
+    MAX_CHUNK_LINE = 16384  # extensions and each trailer line; a peer that sends more is broken
+    LENGTH = 0
+    CHUNKED = 1
+    CLOSE = 2
+    # phases of an exchange
+    RUNNING = 0
+    ENDING = 1              # nothing more will be read; pending bytes still leave
+    CLOSED = 2
+    # where the un-framer stands in a chunked body
+    SIZE = 0
+    EXTENSION = 1
+    SIZE_LF = 2
+    DATA = 3
+    DATA_CR = 4
+    DATA_LF = 5
+    TRAILER = 6
+    TRAILER_LINE = 7
+    TRAILER_LF = 8
+    END_LF = 9
+    WHOLE = 10
+    BAD = 11
+
+
+cdef class Unframer:
+    """Takes an answer body's framing off, in place. Also used alone, for bodies that are collected and not streamed.
+
+    kind BODY_LENGTH with `length` bytes, BODY_CHUNKED, or BODY_CLOSE. Chunk extensions and trailers are dropped.
+    """
+    cdef readonly int kind
+    cdef int state
+    cdef int digits
+    cdef uint64_t left
+    cdef Py_ssize_t line
+    cdef readonly Py_ssize_t leftover
+
+    def __init__(self, int kind, uint64_t length=0):
+        self.kind = kind
+        self.left = length if kind == LENGTH else 0
+        self.state = WHOLE if kind == LENGTH and length == 0 else SIZE
+
+    @property
+    def done(self):
+        return self.state == WHOLE
+
+    def feed(self, bytes data not None):
+        """The payload within `data`; raises ValueError when the framing is broken."""
+        cdef bytearray copy = bytearray(data)
+        cdef unsigned char* out = NULL
+        cdef unsigned char* base = copy
+        cdef Py_ssize_t size = self.take(base, len(data), &out)
+        if size < 0:
+            raise ValueError("bad chunked framing")
+        return out[:size]
+
+    cdef Py_ssize_t take(self, unsigned char* text, Py_ssize_t size, unsigned char** out) noexcept nogil:
+        """Payload length, its start in `out` (inside text); -1 on broken framing. Pieces are moved together."""
+        cdef Py_ssize_t at = 0, piece, total = 0
+        cdef unsigned char* payload = text
+        cdef unsigned char byte
+        cdef int digit
+        out[0] = text
+        if self.kind == CLOSE:
+            return size
+        if self.kind == LENGTH:
+            if <uint64_t> size >= self.left:
+                self.leftover += size - <Py_ssize_t> self.left
+                size = <Py_ssize_t> self.left
+                self.state = WHOLE
+            self.left -= <uint64_t> size
+            return size
+        while at < size:
+            if self.state == DATA:
+                piece = size - at
+                if <uint64_t> piece > self.left:
+                    piece = <Py_ssize_t> self.left
+                if total == 0:
+                    payload = text + at
+                elif payload + total != text + at:
+                    memmove(payload + total, text + at, piece)
+                total += piece
+                self.left -= <uint64_t> piece
+                at += piece
+                if self.left == 0:
+                    self.state = DATA_CR
+                continue
+            if self.state == WHOLE:
+                self.leftover += size - at
+                break
+            byte = text[at]
+            at += 1
+            if self.state == SIZE:
+                digit = -1
+                if c'0' <= byte <= c'9':
+                    digit = byte - c'0'
+                elif c'a' <= (byte | 0x20) <= c'f':
+                    digit = (byte | 0x20) - c'a' + 10
+                if digit >= 0:
+                    self.digits += 1
+                    if self.digits > 15:
+                        self.state = BAD
+                        return -1
+                    self.left = self.left * 16 + <uint64_t> digit
+                    continue
+                if self.digits == 0:
+                    self.state = BAD
+                    return -1
+                self.line = 0
+                if byte == c'\r':
+                    self.state = SIZE_LF
+                elif byte == c'\n':
+                    self.size_done()
+                elif byte == c';' or byte == c' ' or byte == c'\t':
+                    self.state = EXTENSION
+                else:
+                    self.state = BAD
+                    return -1
+            elif self.state == EXTENSION:
+                self.line += 1
+                if byte == c'\r':
+                    self.state = SIZE_LF
+                elif byte == c'\n':
+                    self.size_done()
+                elif self.line > MAX_CHUNK_LINE:
+                    self.state = BAD
+                    return -1
+            elif self.state == SIZE_LF:
+                if byte != c'\n':
+                    self.state = BAD
+                    return -1
+                self.size_done()
+            elif self.state == DATA_CR:
+                if byte == c'\r':
+                    self.state = DATA_LF
+                elif byte == c'\n':
+                    self.state = SIZE
+                    self.digits = 0
+                else:
+                    self.state = BAD
+                    return -1
+            elif self.state == DATA_LF:
+                if byte != c'\n':
+                    self.state = BAD
+                    return -1
+                self.state = SIZE
+                self.digits = 0
+            elif self.state == TRAILER:
+                if byte == c'\r':
+                    self.state = END_LF
+                elif byte == c'\n':
+                    self.state = WHOLE
+                else:
+                    self.state = TRAILER_LINE
+                    self.line = 0
+            elif self.state == TRAILER_LINE:
+                self.line += 1
+                if byte == c'\n':
+                    self.state = TRAILER
+                elif self.line > MAX_CHUNK_LINE:
+                    self.state = BAD
+                    return -1
+            elif self.state == END_LF:
+                if byte != c'\n':
+                    self.state = BAD
+                    return -1
+                self.state = WHOLE
+            else:
+                return -1
+        out[0] = payload
+        return total
+
+    cdef void size_done(self) noexcept nogil:
+        self.state = DATA if self.left else TRAILER
+
+
+cdef class Engine:
+    """What all exchanges of a worker share: the scratch buffer, the loop's readiness calls, counters, the coarse time.
+
+    turn_bytes: the most one exchange reads before the others get their turn. buffer_bytes: the most one exchange keeps
+    for a client that does not read. `now_ms` is written by the worker's tick; exchanges stamp their last activity with it.
+    """
+    cdef unsigned char* scratch
+    cdef readonly Py_ssize_t turn_bytes
+    cdef readonly Py_ssize_t buffer_bytes
+    cdef Py_ssize_t high_mark
+    cdef iovec* vectors
+    cdef int vector_room
+    cdef object loop, add_reader, remove_reader, add_writer, remove_writer, call_soon
+    cdef object view
+    cdef Counter events
+    cdef Counter sent_bytes
+    cdef Counter stalls
+    cdef Histogram lag
+    cdef unsigned int turns
+    cdef public uint64_t now_ms
+
+    def __cinit__(self):
+        self.scratch = NULL
+        self.vectors = NULL
+
+    def __init__(self, loop, Py_ssize_t turn_bytes, Py_ssize_t buffer_bytes, Counter events not None,
+                 Counter sent_bytes not None, Counter stalls not None, Histogram lag not None):
+        if turn_bytes < 1 or buffer_bytes < 1:
+            raise ValueError("turn_bytes and buffer_bytes must be positive")
+        self.turn_bytes = min(turn_bytes, buffer_bytes)
+        self.buffer_bytes = buffer_bytes
+        self.high_mark = buffer_bytes - self.turn_bytes
+        self.scratch = <unsigned char*> malloc(HEADROOM + self.turn_bytes + TAILROOM)
+        self.vector_room = 64
+        self.vectors = <iovec*> malloc(self.vector_room * sizeof(iovec))
+        if self.scratch == NULL or self.vectors == NULL:
+            raise MemoryError()
+        self.view = PyMemoryView_FromMemory(<char*> self.scratch + HEADROOM, self.turn_bytes, PyBUF_WRITABLE)
+        self.loop = loop
+        self.add_reader = loop.add_reader
+        self.remove_reader = loop.remove_reader
+        self.add_writer = loop.add_writer
+        self.remove_writer = loop.remove_writer
+        self.call_soon = loop.call_soon
+        self.events = events
+        self.sent_bytes = sent_bytes
+        self.stalls = stalls
+        self.lag = lag
+
+    def __dealloc__(self):
+        free(self.scratch)
+        free(self.vectors)
+
+
+cdef inline uint64_t monotonic_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <uint64_t> now.tv_sec * 1000000000 + <uint64_t> now.tv_nsec
+
+
+cdef inline int write_hex(unsigned char* before, uint64_t value) noexcept nogil:
+    """Writes value in hex and CRLF so that it ends just before `before`; its length."""
+    cdef int size = 2
+    cdef int digit
+    (before - 1)[0] = c'\n'
+    (before - 2)[0] = c'\r'
+    while True:
+        digit = <int> (value & 15)
+        size += 1
+        (before - size)[0] = c'0' + digit if digit < 10 else c'a' + digit - 10
+        value >>= 4
+        if value == 0:
+            return size
+
+
+cdef class Exchange:
+    """One streaming answer. start() begins it, close() ends it (idempotent; no callback comes after it).
+
+    client_fd and upstream_fd are borrowed: the owner closes them, after close(). `tls` is the ssl.SSLSocket of the
+    upstream, or None for plain TCP. out_kind: BODY_CHUNKED, or BODY_LENGTH/BODY_CLOSE to send payload bare.
+    """
+    cdef Engine engine
+    cdef object owner
+    cdef object tls
+    cdef readonly Splitter splitter
+    cdef readonly Unframer unframer
+    cdef int client_fd
+    cdef int upstream_fd
+    cdef int out_kind
+    cdef int phase
+    cdef bint tap
+    cdef bint reading
+    cdef bint writing
+    cdef bint watching
+    cdef bint first_seen
+    cdef bint client_lost
+    cdef int client_errno
+    cdef uint64_t next_mark
+    cdef readonly Py_ssize_t undelivered
+    cdef unsigned char* pending
+    cdef Py_ssize_t pending_at
+    cdef Py_ssize_t pending_size
+    cdef Py_ssize_t pending_room
+    cdef bytes prefix
+    cdef readonly bytes pipelined
+    cdef Py_ssize_t pipeline_room
+    cdef readonly uint64_t bytes_in
+    cdef readonly uint64_t bytes_out
+    cdef readonly uint64_t last_read_ms
+    cdef readonly uint64_t last_write_ms
+    cdef readonly unsigned int stalls
+
+    def __cinit__(self):
+        self.pending = NULL
+
+    def __init__(self, Engine engine not None, owner, int client_fd, int upstream_fd, tls, int in_kind,
+                 uint64_t in_length, int out_kind, Splitter splitter, bint tap, Py_ssize_t pipeline_room):
+        self.engine = engine
+        self.owner = owner
+        self.client_fd = client_fd
+        self.upstream_fd = upstream_fd
+        self.tls = tls
+        self.unframer = Unframer(in_kind, in_length)
+        self.out_kind = out_kind
+        self.splitter = splitter
+        self.tap = tap
+        self.pipelined = b""
+        self.pipeline_room = pipeline_room
+        self.prefix = b""
+        self.next_mark = MARK_BYTES
+        self.last_read_ms = self.last_write_ms = engine.now_ms
+
+    def __dealloc__(self):
+        free(self.pending)
+
+    # -- what the owner asks ------------------------------------------------------------------------------------
+
+    @property
+    def pending_bytes(self):
+        """Bytes the client has not taken yet."""
+        return self.pending_size
+
+    @property
+    def at_boundary(self):
+        """True when a whole line may be inserted into what the client has been sent."""
+        return self.splitter is not None and self.splitter.boundary()
+
+    @property
+    def is_paused(self):
+        """The upstream is not read because the client does not read."""
+        return self.phase == RUNNING and not self.reading
+
+    @property
+    def events(self):
+        return 0 if self.splitter is None else self.splitter.events
+
+    @property
+    def text_bytes(self):
+        return 0 if self.splitter is None else self.splitter.metered
+
+    # -- what the owner does ------------------------------------------------------------------------------------
+
+    def start(self, bytes head not None, bytes initial not None):
+        """Sends `head` and what of the body was read with it, then relays. May end the exchange at once."""
+        cdef Engine engine = self.engine
+        cdef Py_ssize_t at = 0, piece
+        self.prefix = head
+        self.watching = True
+        engine.add_reader(self.client_fd, self.on_client_readable)
+        try:
+            if self.unframer.state == WHOLE:
+                self.complete()
+                return
+            while at < len(initial) and self.phase == RUNNING:
+                piece = min(len(initial) - at, engine.turn_bytes)
+                memcpy(engine.scratch + HEADROOM, <const unsigned char*> initial + at, piece)
+                at += piece
+                self.turn(piece)
+            if self.phase == RUNNING:
+                if self.prefix:
+                    self.transmit(NULL, 0, b"", False)
+                    self.check_client()
+                if self.phase == RUNNING:
+                    self.set_reading()
+        except Exception as error:
+            self.fail(error)
+
+    def push(self, bytes payload not None):
+        """Adds payload of our own (a heartbeat). False when the framing leaves no room for any."""
+        if self.phase != RUNNING or self.out_kind == LENGTH:
+            return False
+        self.transmit(NULL, 0, payload, False)
+        self.check_client()
+        return True
+
+    def end(self, bytes payload not None, bint whole):
+        """Stops reading the upstream, sends `payload`, and the end mark when `whole`. on_drained() follows, maybe at once."""
+        if self.phase != RUNNING:
+            return
+        self.stop_upstream()
+        self.phase = ENDING
+        if self.splitter is not None:
+            self.splitter.discard()
+        self.transmit(NULL, 0, payload if self.out_kind != LENGTH else b"", whole)
+        self.check_client()
+        self.check_drained()
+
+    def sink(self):
+        """The client is gone but the upstream is read on, to its end: what comes is accounted and dropped."""
+        self.stop_client()
+        self.client_fd = -1
+        if self.phase == RUNNING and not self.reading:
+            self.set_reading()
+
+    def close(self):
+        """Takes every callback off both descriptors and frees what was pending."""
+        if self.phase == CLOSED:
+            return
+        self.phase = CLOSED
+        self.stop_upstream()
+        self.stop_client()
+        if self.splitter is not None:
+            self.splitter.discard()
+        self.owner = None
+        self.tls = None
+
+    # -- readiness ----------------------------------------------------------------------------------------------
+
+    def on_upstream_readable(self):
+        """One recv, one send."""
+        cdef Engine engine = self.engine
+        cdef ssize_t size
+        cdef int error
+        cdef uint64_t began = 0
+        if self.phase != RUNNING:
+            return
+        try:
+            if self.tls is not None:
+                self.on_tls_readable()
+                return
+            size = recv(self.upstream_fd, engine.scratch + HEADROOM, engine.turn_bytes, MSG_DONTWAIT)
+            if size > 0:
+                engine.turns += 1
+                if engine.turns & 15 == 0:
+                    began = monotonic_ns()
+                    self.turn(size)
+                    engine.lag.record_ns(monotonic_ns() - began)
+                else:
+                    self.turn(size)
+            elif size == 0:
+                self.upstream_ended(0, "closed by upstream")
+            else:
+                error = errno
+                if error != EAGAIN and error != EINTR:
+                    self.upstream_ended(error, "")
+        except Exception as failure:
+            self.fail(failure)
+
+    cdef on_tls_readable(self):
+        """The same for TLS: one record at most. Bytes that OpenSSL has already are not seen by epoll, so we come back for them."""
+        cdef Py_ssize_t size
+        try:
+            size = self.tls.recv_into(self.engine.view)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.upstream_ended(error.errno or ECONNRESET, type(error).__name__)
+            return
+        if size == 0:
+            self.upstream_ended(0, "closed by upstream")
+            return
+        self.turn(size)
+        if self.phase == RUNNING and self.reading and self.tls.pending():
+            self.engine.call_soon(self.on_upstream_readable)
+
+    def on_client_writable(self):
+        """One send of what is pending."""
+        cdef ssize_t size
+        cdef Py_ssize_t want
+        cdef int error
+        if self.phase == CLOSED or self.client_fd < 0:
+            return
+        try:
+            if self.pending_size:
+                want = self.pending_size
+                size = send(self.client_fd, self.pending + self.pending_at, want, MSG_DONTWAIT | MSG_NOSIGNAL)
+                if size < 0:
+                    error = errno
+                    if error == EAGAIN or error == EINTR:
+                        return
+                    self.lose_client(error)
+                    self.check_client()
+                    return
+                self.pending_at += size
+                self.pending_size -= size
+                self.last_write_ms = self.engine.now_ms
+            if self.pending_size == 0:
+                self.drop_pending()
+                if self.writing:
+                    self.writing = False
+                    self.engine.remove_writer(self.client_fd)
+                self.check_drained()
+            if self.phase == RUNNING and not self.reading and self.pending_size <= self.engine.high_mark // 2:
+                self.set_reading()
+        except Exception as failure:
+            self.fail(failure)
+
+    def on_client_readable(self):
+        """The client closed, or pipelines its next request: that is kept, up to a bound, and then not read any more."""
+        cdef ssize_t size
+        cdef int error
+        if self.phase == CLOSED or self.client_fd < 0:
+            return
+        try:
+            size = recv(self.client_fd, self.engine.scratch + HEADROOM, min(self.engine.turn_bytes, 16384), MSG_DONTWAIT)
+            if size > 0:
+                self.pipelined += PyBytes_FromStringAndSize(<char*> self.engine.scratch + HEADROOM, size)
+                if len(self.pipelined) >= self.pipeline_room and self.watching:
+                    self.watching = False
+                    self.engine.remove_reader(self.client_fd)
+                return
+            error = 0
+            if size < 0:
+                error = errno
+                if error == EAGAIN or error == EINTR:
+                    return
+            self.lose_client(error)
+            self.check_client()
+        except Exception as failure:
+            self.fail(failure)
+
+    # -- one turn -----------------------------------------------------------------------------------------------
+
+    cdef int turn(self, Py_ssize_t size) except -1:
+        """`size` raw bytes lie in the scratch buffer: un-frame, split, send."""
+        cdef Engine engine = self.engine
+        cdef unsigned char* payload = NULL
+        cdef Py_ssize_t length
+        cdef Splitter splitter = self.splitter
+        cdef uint64_t before
+        cdef Span whole
+        cdef bint last
+        self.bytes_in += <uint64_t> size
+        self.last_read_ms = engine.now_ms
+        length = self.unframer.take(engine.scratch + HEADROOM, size, &payload)
+        if length < 0:
+            self.upstream_ended(0, "bad chunked framing")
+            return 0
+        last = self.unframer.state == WHOLE
+        if length:
+            if self.tap:
+                self.owner.on_tap(PyBytes_FromStringAndSize(<char*> payload, length))
+                if self.phase != RUNNING:
+                    return 0
+            if splitter is not None:
+                before = splitter.events
+                splitter.consume(payload, length)
+                if splitter.events != before:
+                    engine.events.add_n(splitter.events - before)
+                if not last:
+                    if splitter.span_count:
+                        self.transmit(splitter.spans, splitter.span_count, b"", False)
+                    splitter.recycle()
+                if not self.first_seen and splitter.events:
+                    self.first_seen = True
+                    self.owner.on_first()
+                if splitter.metered >= self.next_mark:
+                    self.next_mark = splitter.metered + MARK_BYTES
+                    self.owner.on_mark()
+            else:
+                if not last:
+                    whole.start = payload
+                    whole.length = length
+                    self.transmit(&whole, 1, b"", False)
+                if not self.first_seen:
+                    self.first_seen = True
+                    self.owner.on_first()
+        if last:
+            self.finish_turn(payload, length)
+        self.check_client()
+        if self.phase == RUNNING and self.reading and self.pending_size > engine.high_mark:
+            self.stop_reading()
+            self.stalls += 1
+            engine.stalls.add_n(1)
+        return 0
+
+    cdef int finish_turn(self, unsigned char* payload, Py_ssize_t length) except -1:
+        """The body became whole in this turn: its last bytes, what the owner appends and the end mark leave in one send."""
+        cdef Splitter splitter = self.splitter
+        cdef Span whole
+        cdef bytes more = b""
+        if splitter is not None:
+            more = splitter.finish()
+        self.stop_upstream()
+        self.phase = ENDING
+        more = self.owner.on_complete(self.unframer.leftover, more)
+        if self.phase == ENDING:
+            if splitter is not None:
+                self.transmit(splitter.spans, splitter.span_count, more, True)
+            else:
+                whole.start = payload
+                whole.length = length
+                self.transmit(&whole, 1 if length else 0, more, True)
+        if splitter is not None:
+            splitter.recycle()
+        if not self.client_lost:
+            self.check_drained()
+        return 0
+
+    cdef complete(self):
+        """The framing is satisfied without another byte (an empty body, or the close of a close-delimited one)."""
+        self.finish_turn(NULL, 0)
+        self.check_client()
+
+    cdef upstream_ended(self, int error, str detail):
+        """recv said the upstream is over. Framing decides whether the body is whole; nothing else can."""
+        cdef bytes more
+        if error == 0 and self.unframer.kind == CLOSE:
+            self.unframer.state = WHOLE
+            self.complete()
+            return
+        self.stop_upstream()
+        more = self.owner.on_broken(error, detail)
+        if self.phase == RUNNING:
+            self.end(more, False)
+
+    # -- sending ------------------------------------------------------------------------------------------------
+
+    cdef int transmit(self, Span* spans, int count, bytes more, bint last) except -1:
+        """Sends prefix, one chunk of the spans and `more`, and the end mark when `last`; keeps what the kernel refuses."""
+        cdef Engine engine = self.engine
+        cdef Py_ssize_t total = 0
+        cdef Py_ssize_t wanted
+        cdef ssize_t sent = 0
+        cdef int i, used = 0, size
+        cdef int error
+        cdef iovec* vectors
+        cdef unsigned char* at
+        cdef unsigned char header[HEADROOM]
+        cdef msghdr message
+        if self.client_fd < 0 or self.client_lost:
+            self.prefix = b""
+            return 0
+        for i in range(count):
+            total += spans[i].length
+        total += len(more)
+        self.bytes_out += <uint64_t> total
+        engine.sent_bytes.add_n(<uint64_t> total)
+        if (count == 1 and not more and not self.prefix and self.pending_size == 0
+                and spans[0].start >= engine.scratch + HEADROOM
+                and spans[0].start + spans[0].length <= engine.scratch + HEADROOM + engine.turn_bytes):
+            # the plain path: our chunk header and line end are written around the payload where it lies
+            at = <unsigned char*> spans[0].start
+            wanted = total
+            if self.out_kind == CHUNKED:
+                (at + wanted)[0] = c'\r'
+                (at + wanted + 1)[0] = c'\n'
+                size = write_hex(at, <uint64_t> total)
+                at -= size
+                wanted += size + 2
+                if last:
+                    memcpy(at + wanted, b"0\r\n\r\n", 5)
+                    wanted += 5
+            sent = send(self.client_fd, at, wanted, MSG_DONTWAIT | MSG_NOSIGNAL)
+            if sent < 0:
+                error = errno
+                if error != EAGAIN and error != EINTR:
+                    self.lose_client(error)
+                    return 0
+                sent = 0
+            else:
+                self.last_write_ms = engine.now_ms
+            if sent < wanted:
+                self.keep_pending(at + sent, wanted - sent)
+            return 0
+        if count + 5 > engine.vector_room:
+            vectors = <iovec*> realloc(engine.vectors, (count + 64) * sizeof(iovec))
+            if vectors == NULL:
+                raise MemoryError()
+            engine.vectors = vectors
+            engine.vector_room = count + 64
+        vectors = engine.vectors
+        if self.prefix:
+            vectors[used].iov_base = <void*> <const char*> self.prefix
+            vectors[used].iov_len = len(self.prefix)
+            used += 1
+        if total:
+            if self.out_kind == CHUNKED:
+                size = write_hex(header + HEADROOM, <uint64_t> total)
+                vectors[used].iov_base = header + HEADROOM - size
+                vectors[used].iov_len = size
+                used += 1
+            for i in range(count):
+                vectors[used].iov_base = <void*> spans[i].start
+                vectors[used].iov_len = spans[i].length
+                used += 1
+            if more:
+                vectors[used].iov_base = <void*> <const char*> more
+                vectors[used].iov_len = len(more)
+                used += 1
+        if self.out_kind == CHUNKED and (total or last):
+            vectors[used].iov_base = <void*> <const char*> (b"\r\n0\r\n\r\n" if total else b"0\r\n\r\n")
+            vectors[used].iov_len = (7 if total else 5) if last else 2
+            used += 1
+        if used == 0:
+            return 0
+        if self.pending_size == 0:
+            px_message(&message, vectors, used)
+            sent = sendmsg(self.client_fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+            if sent < 0:
+                error = errno
+                if error != EAGAIN and error != EINTR:
+                    self.prefix = b""
+                    self.lose_client(error)
+                    return 0
+                sent = 0
+            else:
+                self.last_write_ms = engine.now_ms
+        for i in range(used):
+            if sent >= <ssize_t> vectors[i].iov_len:
+                sent -= <ssize_t> vectors[i].iov_len
+                continue
+            self.keep_pending(<unsigned char*> vectors[i].iov_base + sent, vectors[i].iov_len - sent)
+            sent = 0
+        self.prefix = b""
+        return 0
+
+    cdef int keep_pending(self, const unsigned char* start, Py_ssize_t size) except -1:
+        """Copies what the kernel did not take; its room grows by doubling and is freed when drained."""
+        cdef Py_ssize_t room
+        cdef unsigned char* grown
+        if self.pending_at and self.pending_at + self.pending_size + size > self.pending_room:
+            memmove(self.pending, self.pending + self.pending_at, self.pending_size)
+            self.pending_at = 0
+        if self.pending_size + size > self.pending_room:
+            room = max(self.pending_room * 2, self.pending_size + size, 4096)
+            grown = <unsigned char*> realloc(self.pending, room)
+            if grown == NULL:
+                raise MemoryError()
+            self.pending = grown
+            self.pending_room = room
+        memcpy(self.pending + self.pending_at + self.pending_size, start, size)
+        self.pending_size += size
+        if not self.writing:
+            self.writing = True
+            self.last_write_ms = self.engine.now_ms
+            self.engine.add_writer(self.client_fd, self.on_client_writable)
+        return 0
+
+    cdef void drop_pending(self) noexcept:
+        free(self.pending)
+        self.pending = NULL
+        self.pending_at = self.pending_size = self.pending_room = 0
+
+    # -- ends ---------------------------------------------------------------------------------------------------
+
+    cdef set_reading(self):
+        self.reading = True
+        self.last_read_ms = self.engine.now_ms
+        self.engine.add_reader(self.upstream_fd, self.on_upstream_readable)
+        if self.tls is not None and self.tls.pending():
+            self.engine.call_soon(self.on_upstream_readable)
+
+    cdef stop_reading(self):
+        if self.reading:
+            self.reading = False
+            self.engine.remove_reader(self.upstream_fd)
+
+    cdef stop_upstream(self):
+        self.stop_reading()
+        self.upstream_fd = -1
+
+    cdef stop_client(self):
+        if self.client_fd >= 0:
+            if self.watching:
+                self.watching = False
+                self.engine.remove_reader(self.client_fd)
+            if self.writing:
+                self.writing = False
+                self.engine.remove_writer(self.client_fd)
+        self.drop_pending()
+
+    cdef lose_client(self, int error):
+        if not self.client_lost:
+            self.client_lost = True
+            self.client_errno = error
+            self.undelivered = self.pending_size
+
+    cdef check_client(self):
+        """Tells the owner of a lost client, once, when the turn that noticed it is over."""
+        if self.client_lost and self.client_fd >= 0 and self.phase != CLOSED:
+            self.stop_client()
+            self.client_fd = -1
+            self.owner.on_client_gone(self.client_errno)
+
+    cdef check_drained(self):
+        if self.phase == ENDING and self.pending_size == 0 and not self.client_lost:
+            self.owner.on_drained()
+
+    cdef fail(self, error):
+        owner = self.owner
+        if owner is not None:
+            owner.on_failure(error)
