@@ -116,7 +116,7 @@ _FIELD_LINES = rb"(?:" + _TOKEN + rb"++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+\r\n"
 _REQUEST_SHAPE = re.compile(
     rb"(?:\r\n)?+(" + _TOKEN + rb"++) ([\x21-\x7e]++) HTTP/([0-9])\.([0-9])\r\n" + _FIELD_LINES
 )
-_RESPONSE_SHAPE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*+))?+\r\n" + _FIELD_LINES)
+_RESPONSE_SHAPE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*+))?\r\n" + _FIELD_LINES)
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _CODINGS = re.compile(_TOKEN + rb"++(?:[ \t]*,[ \t]*" + _TOKEN + rb"++)*+", re.IGNORECASE)
 _REPEATED_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]+)[ \t]*(?=\r\n)", re.IGNORECASE)

@@ -21,7 +21,7 @@ MAX_HOST = 255
 _PATH = re.compile(rb"/(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/]|%[0-9A-Fa-f]{2})*+")
 _QUERY = re.compile(rb"[\x21\x23-\x3b\x3d\x3f-\x7e]*+")
 _ABSOLUTE = re.compile(rb"([A-Za-z][A-Za-z0-9+.\-]*+)://([^/?]*+)(.*+)")
-_HOST = re.compile(rb"(?:\[([0-9A-Fa-f:.]{2,45}+)\]|[A-Za-z0-9._~\-]++)(?::([0-9]{0,5}+))?+")
+_HOST = re.compile(rb"(?:\[([0-9A-Fa-f:.]{2,45}+)\]|[A-Za-z0-9._~\-]++)(?::([0-9]{0,5}+))?")
 
 
 class TargetError(Exception):
