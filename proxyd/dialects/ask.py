@@ -1,0 +1,255 @@
+"""What a client asked for: one of our relay routes and the few members of its JSON body that we read.
+
+Owns: `Route`, `Ask`, `Outgoing`, `parse_ask`. Must not know: sockets, upstreams, configuration, what an answer looks like.
+Invariants: `Ask.body` is the identical bytes object that the client sent; what we do not read is neither checked nor
+touched; a top-level member that we read occurs once (two parsers that disagree on which one counts would meter one model
+and bill another).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal, NoReturn
+
+import orjson
+
+from proxyd._scan import members
+from proxyd.errors import Refusal
+
+Dialect = Literal["openai", "anthropic"]
+
+# Three tokens a message (token-estimation.md), in the bytes/4 currency of our estimates.
+_BYTES_PER_MESSAGE = 12
+# How deep we follow lists and objects for text; content parts of tool results nest three levels, a hostile body a thousand.
+_TEXT_DEPTH = 6
+_TEXT_KEYS = ("content", "text", "input", "output", "arguments", "thinking", "instructions")
+_ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
+
+
+class Route(StrEnum):
+    """The relay routes; the value is the public path."""
+
+    STREAM = "/api/v1/stream"
+    CHAT = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+    RESPONSES = "/v1/responses"
+    EMBEDDINGS = "/v1/embeddings"
+    MESSAGES = "/v1/messages"
+    COUNT_TOKENS = "/v1/messages/count_tokens"
+
+    @property
+    def dialect(self) -> Dialect | None:
+        """The dialect that the bytes of this route are in; None for the site's own route, which any upstream can serve."""
+        if self is Route.STREAM:
+            return None
+        return "anthropic" if self in (Route.MESSAGES, Route.COUNT_TOKENS) else "openai"
+
+
+# The members we read, thus check and want once.
+_READ: dict[Route, tuple[str, ...]] = {
+    Route.STREAM: ("prompt", "messages", "model", "system", "max_tokens", "temperature"),
+    Route.CHAT: ("model", "stream", "stream_options", "n", "messages"),
+    Route.COMPLETIONS: ("model", "stream", "stream_options", "n", "prompt"),
+    Route.RESPONSES: ("model", "stream", "input", "instructions"),
+    Route.EMBEDDINGS: ("model", "input"),
+    Route.MESSAGES: ("model", "stream", "messages", "system"),
+    Route.COUNT_TOKENS: ("model", "messages", "system"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request body, read. `model` is None only on STREAM: then the first configured model answers."""
+
+    route: Route
+    model: str | None
+    stream: bool
+    body: bytes
+    document: dict[str, Any]
+    prompt_text_bytes: int
+    asked_usage: bool
+
+    @property
+    def many_choices(self) -> bool:
+        """Whether the answer may hold more than choice index 0: `n` above one, or a list of legacy prompts."""
+        n = self.document.get("n")
+        if isinstance(n, int) and not isinstance(n, bool) and n > 1:
+            return True
+        prompt = self.document.get("prompt")
+        return self.route is Route.COMPLETIONS and isinstance(prompt, list) and len(prompt) > 1 and not _is_tokens(prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """What goes upstream: `path` below the upstream's base, `body`, and whether the answer needs hiding or translating."""
+
+    path: str
+    body: bytes
+    injected: bool
+    translate: bool
+
+
+def parse_ask(route: Route, body: bytes) -> Ask:
+    """Read a request body; raises Refusal 400 that names the field at fault. Linear in the body."""
+    document = _load(body)
+    _refuse_duplicates(route, body)
+    if route is Route.STREAM:
+        return _site_ask(body, document)
+    model = document.get("model")
+    if model is None:
+        _refuse("model", "you must provide a model", "missing_required_parameter")
+    if not isinstance(model, str) or not model.strip():
+        _refuse("model", "model must be a non-empty string", "invalid_type")
+    stream = document.get("stream")
+    if stream is not None and not isinstance(stream, bool):
+        _refuse("stream", "stream must be true or false", "invalid_type")
+    streams = stream is True and route not in (Route.EMBEDDINGS, Route.COUNT_TOKENS)
+    options = document.get("stream_options")
+    asked = isinstance(options, dict) and options.get("include_usage") is True
+    return Ask(route, model, streams, body, document, prompt_text_bytes(document), asked)
+
+
+def _load(body: bytes) -> dict[str, Any]:
+    document: Any
+    try:
+        document = orjson.loads(body)
+    except ValueError:
+        document = _load_lenient(body)
+    if not isinstance(document, dict):
+        raise Refusal(400, "invalid_json", "the body must be a JSON object")
+    return document
+
+
+def _load_lenient(body: bytes) -> Any:
+    """JSON that orjson refuses though it is JSON: JavaScript escapes half a surrogate pair, and providers accept that."""
+    try:
+        if b"\\u" not in body:
+            raise ValueError
+        return json.loads(body.decode(), parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise Refusal(400, "invalid_json", "the body is not valid JSON") from None
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(name)  # NaN and Infinity are not JSON
+
+
+def key_name(raw: bytes) -> str:
+    """The name that a key's raw text means: `\\u006dodel` is `model`."""
+    if b"\\" not in raw:
+        return raw.decode()
+    try:
+        name = json.loads(b'"' + raw + b'"')
+    except ValueError:
+        return ""
+    return name if isinstance(name, str) else ""
+
+
+def _refuse_duplicates(route: Route, body: bytes) -> None:
+    read = _READ[route]
+    seen: set[str] = set()
+    for key_start, key_end, _, _ in members(body):
+        name = key_name(body[key_start:key_end])
+        if name in read:
+            if name in seen:
+                _refuse(name, f"{name} is given more than once", "duplicate_parameter")
+            seen.add(name)
+
+
+def _refuse(param: str, message: str, code: str = "invalid_value") -> NoReturn:
+    raise Refusal(400, code, message, param=param)
+
+
+# --- the site's own route -----------------------------------------------------------------------------------------
+
+
+def _site_ask(body: bytes, document: dict[str, Any]) -> Ask:
+    """`prompt` or `messages`, checked through because we build the upstream's request from them; unknown members are
+    ignored, so a page that sends one of its own is not broken by us."""
+    prompt, messages, model = document.get("prompt"), document.get("messages"), document.get("model")
+    if prompt is None and messages is None:
+        _refuse("prompt", "give prompt (a string) or messages", "missing_required_parameter")
+    if prompt is not None and messages is not None:
+        _refuse("prompt", "give prompt or messages, not both")
+    if prompt is not None and (not isinstance(prompt, str) or not prompt):
+        _refuse("prompt", "prompt must be a non-empty string", "invalid_type")
+    if messages is not None:
+        _check_messages(messages)
+    if model is not None and (not isinstance(model, str) or not model.strip()):
+        _refuse("model", "model must be a non-empty string", "invalid_type")
+    if not isinstance(document.get("system"), str | None):
+        _refuse("system", "system must be a string", "invalid_type")
+    most = document.get("max_tokens")
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        _refuse("max_tokens", "max_tokens must be a whole number of at least 1", "invalid_type")
+    heat = document.get("temperature")
+    if heat is not None and (isinstance(heat, bool) or not isinstance(heat, int | float) or not 0 <= heat <= 2):
+        _refuse("temperature", "temperature must be a number from 0 to 2", "invalid_type")
+    try:
+        orjson.dumps(document)
+    except TypeError:
+        raise Refusal(400, "invalid_json", "the body holds half a surrogate pair or a number out of range") from None
+    return Ask(Route.STREAM, model, True, body, document, prompt_text_bytes(document), False)
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list) or not messages:
+        _refuse("messages", "messages must be a non-empty list", "invalid_type")
+    spoken = False
+    for at, message in enumerate(messages):
+        where = f"messages[{at}]"
+        if not isinstance(message, dict):
+            _refuse(where, f"{where} must be an object", "invalid_type")
+        role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+        if role not in _ROLES if isinstance(role, str) else True:
+            _refuse(f"{where}.role", f"{where}.role must be one of {', '.join(sorted(_ROLES))}")
+        spoken = spoken or role not in ("system", "developer")
+        if content is None and role != "assistant":
+            _refuse(f"{where}.content", f"{where}.content is missing", "missing_required_parameter")
+        if isinstance(content, list):
+            for part in content:
+                if not isinstance(part, dict):
+                    _refuse(f"{where}.content", f"{where}.content must be a string or a list of objects", "invalid_type")
+        elif content is not None and not isinstance(content, str):
+            _refuse(f"{where}.content", f"{where}.content must be a string or a list of objects", "invalid_type")
+        if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+            _refuse(f"{where}.tool_calls", f"{where}.tool_calls must be a list of objects", "invalid_type")
+    if not spoken:
+        _refuse("messages", "messages holds nothing but system messages")
+
+
+# --- the size of a prompt -------------------------------------------------------------------------------------------
+
+
+def prompt_text_bytes(document: dict[str, Any]) -> int:
+    """UTF-8 bytes of the prompt's text plus 12 for each message; a quarter of it is the estimate. Pictures count nothing."""
+    total = 0
+    for name in ("prompt", "input", "system", "instructions", "messages"):
+        value = document.get(name)
+        if value is None:
+            continue
+        total += _text(value, 0)
+        if name in ("messages", "input") and isinstance(value, list):
+            total += _BYTES_PER_MESSAGE * sum(isinstance(entry, dict) for entry in value)
+    return total
+
+
+def _text(value: Any, depth: int) -> int:
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "surrogatepass"))
+    if depth >= _TEXT_DEPTH:
+        return 0
+    if isinstance(value, list):
+        if _is_tokens(value):
+            return 4 * len(value)
+        return sum(_text(entry, depth + 1) for entry in value)
+    if isinstance(value, dict):
+        return sum(_text(value[key], depth + 1) for key in _TEXT_KEYS if key in value)
+    return 0
+
+
+def _is_tokens(value: list[Any]) -> bool:
+    """A prompt already in token ids."""
+    return bool(value) and all(type(entry) is int for entry in value)

@@ -1,0 +1,255 @@
+"""Watching one answer go by: what every dialect's observer has in common.
+
+Owns: the accounting state of one answer, the never-raising event entry, JSON bodies, the outcome. Must not know: sockets,
+the relay's phases, who pays. Subclasses say what an event's document means.
+Invariants: `on_event`, `on_tail`, `on_body` never raise, whatever the bytes; the first error stays the error; `finish` may be
+called again (it computes from what was seen, it consumes nothing).
+
+    events / body  ->  accounting state  ->  finish(clean)  ->  outcome, usage, usage_source  ->  usage.settle()
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import orjson
+
+from proxyd._scan import Watch
+from proxyd.dialects.errors import Error, make_error, read_error, read_error_body
+from proxyd.dialects.media import NDJSON, media_kind
+from proxyd.dialects.usage import Usage, read_ollama
+
+FLAG_DONE = 2
+FLAG_ERROR_FIELD = 4
+FLAG_OVERSIZE = 8
+
+_SPACE = b" \t\r\n"
+# Model names and finish reasons are kept for the log; longer ones are no names.
+_NAME_CHARS = 256
+
+
+class Observer:
+    """The accounting of one answer. `watch` chooses the events that are worth a call."""
+
+    __slots__ = (
+        "body_text_bytes",
+        "document",
+        "done_seen",
+        "error",
+        "finish_reason",
+        "model",
+        "outcome",
+        "parse_errors",
+        "raw_usage",
+        "refused",
+        "tail_usage",
+        "terminal",
+        "text_bytes",
+        "usage",
+        "usage_source",
+        "watch",
+    )
+
+    def __init__(self, watch: Watch | None) -> None:
+        self.watch = watch
+        self.usage = Usage()
+        self.usage_source = "none"
+        self.outcome = "truncated"
+        self.model: str | None = None
+        self.finish_reason: str | None = None
+        self.error: Error | None = None
+        self.raw_usage: dict[str, Any] | None = None
+        self.document: dict[str, Any] | None = None  # of the last event, for a translator
+        self.parse_errors = 0
+        self.text_bytes = 0
+        self.body_text_bytes = 0
+        self.done_seen = False
+        self.terminal = False
+        self.refused = False
+        self.tail_usage = False
+
+    # --- entries --------------------------------------------------------------------------------------------------
+
+    def on_event(self, name: bytes, data: bytes, flags: int) -> bytes | None:
+        """One dispatched event; the answer is the splitter's: None forwards the block, b"" drops it."""
+        self.document = None
+        if flags & FLAG_ERROR_FIELD:
+            self._on_error_field(data)
+            return None
+        if flags & FLAG_DONE or data.startswith(b"[DONE]"):
+            self.done_seen = self.terminal = True
+            return None
+        if flags & FLAG_OVERSIZE:
+            self.parse_errors += 1
+            return None
+        return self._on_data(name, data)
+
+    def on_tail(self, data: bytes) -> None:
+        """The complete `data:` lines of a last block that was never dispatched (rule 10). A `[DONE]` there is none: no
+        SDK sees it, so whether the answer is whole is rule 9's question."""
+        self.document = None
+        if not data or data.startswith(b"[DONE]"):
+            return
+        before = self.raw_usage
+        self._on_data(b"", data)
+        self.tail_usage = self.raw_usage is not before
+
+    def on_body(self, content_type: str, status: int, body: bytes) -> None:
+        """A whole answer that is no event stream: JSON, NDJSON, or a refusal of any kind."""
+        if status >= 400:
+            self.refused = True
+            self._fail(read_error_body(status, body))
+            return
+        if media_kind(content_type) is NDJSON:
+            for line in body.split(b"\n"):
+                self._on_line(line)
+            return
+        document = self._parse(body.strip(_SPACE))
+        if document is None:
+            return
+        self.document = document
+        error = read_error(document)
+        if error is not None:
+            self._fail(error)
+        if "done" in document and "choices" not in document:
+            self._on_ollama(document)
+        else:
+            self._on_answer(document)
+
+    def finish(self, clean: bool, text_bytes: int) -> None:
+        """The body ended: `clean` when its framing was complete. Sets outcome, usage and usage_source."""
+        self.text_bytes = max(text_bytes, self.body_text_bytes)
+        if self.error is not None:
+            self.outcome = "error"
+        elif self.terminal or (clean and self._is_whole()):
+            self.outcome = "completed"
+        else:
+            self.outcome = "truncated"
+        self._settle_usage()
+        if not self.usage.known:
+            self.usage_source = "none"
+        elif self.outcome != "completed" or not self._is_full():
+            self.usage_source = "provider_partial"
+        else:
+            self.usage_source = self._source()
+
+    # --- for subclasses -------------------------------------------------------------------------------------------
+
+    def _on_document(self, name: bytes, document: dict[str, Any]) -> bytes | None:
+        """One event's JSON object."""
+        raise NotImplementedError
+
+    def _on_answer(self, document: dict[str, Any]) -> None:
+        """A JSON answer of this dialect, status 2xx."""
+        raise NotImplementedError
+
+    def _is_whole(self) -> bool:
+        """Whether an answer that ended cleanly, without a terminal event, is complete."""
+        return False
+
+    def _is_full(self) -> bool:
+        """Whether the provider gave all the counts that this kind of answer has."""
+        return self.usage.total is not None
+
+    def _settle_usage(self) -> None:
+        """Bring `usage` to its final value; `outcome` is known."""
+
+    def _source(self) -> str:
+        """Where the numbers of a completed answer came from."""
+        return "provider_tail" if self.tail_usage else "provider"
+
+    def _fail(self, error: Error) -> None:
+        if self.error is None:
+            self.error = error
+
+    def _name_model(self, model: Any) -> None:
+        """The first event that has a non-empty one names the model."""
+        if self.model is None and isinstance(model, str) and model:
+            self.model = model[:_NAME_CHARS]
+
+    # --- the common part ------------------------------------------------------------------------------------------
+
+    def _on_data(self, name: bytes, data: bytes) -> bytes | None:
+        if not data.strip(_SPACE):
+            return None
+        document = self._parse(data)
+        if document is None:
+            if name == b"error":
+                self._fail(make_error(data[:1024].decode("utf-8", "replace")))
+            return None
+        self.document = document
+        return self._on_document(name, document)
+
+    def _on_error_field(self, value: bytes) -> None:
+        """llama.cpp's `error:` field, which every SSE parser ignores."""
+        document = self._parse(value)
+        error = None if document is None else read_error(document)
+        if error is None and document is not None:
+            error = make_error(document.get("message"), document.get("type"), document.get("code"), document.get("param"))
+        self._fail(error or make_error(value[:1024].decode("utf-8", "replace")))
+
+    def _on_line(self, line: bytes) -> None:
+        line = line.strip(_SPACE)
+        if not line:
+            return
+        document = self._parse(line)
+        if document is None:
+            return
+        error = read_error(document)
+        if error is not None:
+            self._fail(error)
+        else:
+            self._on_ollama(document)
+
+    def _on_ollama(self, line: dict[str, Any]) -> None:
+        """A line of Ollama's own API; the last has `done: true`."""
+        self._name_model(line.get("model"))
+        message = line.get("message")
+        for holder in (line, message if isinstance(message, dict) else {}):
+            self.body_text_bytes += sum(text_length(holder.get(key)) for key in ("response", "content", "thinking"))
+        if line.get("done") is True:
+            self.terminal = True
+            self.usage.merge(read_ollama(line))
+            reason = line.get("done_reason")
+            if isinstance(reason, str):
+                self.finish_reason = reason[:_NAME_CHARS]
+
+    def _parse(self, data: bytes) -> dict[str, Any] | None:
+        """The JSON object in `data`; anything else counts as a parse error (rule 11)."""
+        document: Any
+        try:
+            document = orjson.loads(data)
+        except ValueError:
+            document = _parse_lenient(data)
+        if isinstance(document, dict):
+            return document
+        if isinstance(document, list) and document and isinstance(document[0], dict):
+            return document[0]  # Gemini's errors come in an array
+        self.parse_errors += 1
+        return None
+
+
+def _parse_lenient(data: bytes) -> Any:
+    """Half a surrogate pair, escaped, is legal JSON and a provider may cut an emoji there; orjson refuses it."""
+    if b"\\u" not in data:
+        return None
+    try:
+        return json.loads(data.decode())
+    except (ValueError, RecursionError):
+        return None
+
+
+def text_length(value: Any) -> int:
+    """UTF-8 bytes of a text, 0 for anything else."""
+    return len(value.encode("utf-8", "surrogatepass")) if isinstance(value, str) else 0
+
+
+def listed(value: Any) -> list[Any]:
+    """A list, or an empty one for anything else."""
+    return value if isinstance(value, list) else []
+
+
+def short(value: Any) -> str | None:
+    """A name worth keeping, or None."""
+    return value[:_NAME_CHARS] if isinstance(value, str) and value else None
