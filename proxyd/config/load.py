@@ -1,0 +1,288 @@
+"""From a TOML text to a `Config`, with every finding at once and the line of each.
+
+Owns: the order of checks and the wording of schema findings. Must not know: secrets, the host.
+Invariant: `parse` touches no file and never raises for any text; `None` is returned exactly when a finding is an error.
+
+    text -> tomllib -> schema (pydantic) -> rules -> Config
+                          | errors
+                          +-> the same document with the bad options taken out, so that the rules still see the rest
+
+A bad option must not hide the other faults: an operator who fixes a file wants one list, not one finding a run.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from proxyd.config import rules
+from proxyd.config.locate import KeyPath, Lines, locate
+from proxyd.config.schema import Config
+from proxyd.config.secrets import key_text
+from proxyd.errors import ConfigError, Finding
+
+# A configuration is some pages of text. Half: nobody would notice; twice: a wrong path (a log file) is parsed for seconds.
+MAX_FILE_BYTES = 1024 * 1024
+
+_KINDS = {"str": "a string", "bool": "true or false", "int": "an integer", "float": "a number",
+          "list": "a list", "tuple": "a list", "dict": "a table", "NoneType": "nothing"}  # fmt: skip
+_WANTED = {
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "tuple_type": "a list in brackets",
+    "list_type": "a list in brackets",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "dict_type": "a table",
+}
+
+
+def load(path: str, environ: Mapping[str, str] = os.environ) -> Config:
+    """The configuration in a file. Raises ConfigError with all findings, or OSError when the file cannot be read."""
+    config, findings = parse(read_text(path), path, environ)
+    if config is None:
+        raise ConfigError(findings)
+    return config
+
+
+def read_text(path: str) -> str:
+    """The file's text; bytes that are no UTF-8 stay visible as lone surrogates for `parse` to report."""
+    with Path(path).open("rb") as file:
+        return file.read(MAX_FILE_BYTES + 1).decode("utf-8", "surrogateescape")
+
+
+def parse(text: str, path: str, environ: Mapping[str, str] = os.environ) -> tuple[Config | None, list[Finding]]:
+    """The configuration in a text, which `path` names in findings. Findings are in the order of their lines."""
+    document, broken = _document(text, path)
+    if document is None:
+        return None, broken
+    lines = locate(text)
+    finder = _Finder(path, lines)
+    config = finder.validate(document)
+    if config is not None:
+        config.remember_origin(path, lines)
+        for problem in rules.check(config, environ):
+            if not finder.is_known_bad(problem.key):
+                finder.add(problem.severity, problem.key, problem.message, problem.remedy)
+    findings = sorted(finder.findings, key=lambda finding: (finding.line, finding.key))
+    failed = any(finding.severity == "error" for finding in findings)
+    return (None if failed else config), findings
+
+
+def _document(text: str, path: str) -> tuple[dict[str, Any] | None, list[Finding]]:
+    """The TOML document, or the one finding that says why it is none."""
+
+    def broken(line: int, message: str, remedy: str) -> tuple[None, list[Finding]]:
+        return None, [Finding("error", path, line, "", message, remedy)]
+
+    if len(text) > MAX_FILE_BYTES:
+        return broken(0, f"larger than {MAX_FILE_BYTES} bytes", "is this the right file?")
+    stray = re.search(r"[\ud800-\udfff]", text)
+    if stray is not None:
+        return broken(text.count("\n", 0, stray.start()) + 1, "not UTF-8", "save the file as UTF-8")
+    try:
+        return tomllib.loads(text), []
+    except tomllib.TOMLDecodeError as error:
+        said = str(error)
+        place = re.search(r"\(at line (\d+), column (\d+)\)", said)
+        line = int(place[1]) if place else text.count("\n") + (not text.endswith("\n"))
+        column = f" at column {place[2]}" if place else ""
+        reason = re.sub(r"\s*\(at [^)]*\)$", "", said)
+        # tomllib quotes the key that it met twice, never a value.
+        return broken(max(1, line), f"not TOML: {reason}{column}", "correct the syntax; the rest was not looked at")
+    except RecursionError:
+        return broken(0, "nested too deeply", "no option needs it")
+
+
+class _Finder:
+    """Findings of one document."""
+
+    def __init__(self, path: str, lines: Lines) -> None:
+        self.path = path
+        self.lines = lines
+        self.findings: list[Finding] = []
+        self.bad: set[KeyPath] = set()
+
+    def add(self, severity: rules.Severity, key: KeyPath, message: str, remedy: str) -> None:
+        self.findings.append(Finding(severity, self.path, self.line(key), key_text(key), message, remedy))
+
+    def line(self, key: KeyPath) -> int:
+        """The line of a key or of what encloses it."""
+        for length in range(len(key), 0, -1):
+            if key[:length] in self.lines:
+                return self.lines[key[:length]]
+        return 0
+
+    def is_known_bad(self, key: KeyPath) -> bool:
+        """True when a finding about this option, or about one around or inside it, exists already."""
+        return any(key[: len(bad)] == bad or bad[: len(key)] == key for bad in self.bad)
+
+    def validate(self, document: dict[str, Any]) -> Config | None:
+        """The validated document; with errors, what validates once the bad options are taken out."""
+        try:
+            return Config.model_validate(document)
+        except ValidationError as error:
+            errors = error.errors(include_url=False)
+        for one in errors:
+            self.report(one, document)
+        try:
+            return Config.model_validate(_without(document, errors))
+        except ValidationError:
+            return None
+
+    def report(self, error: ErrorDetails, document: dict[str, Any]) -> None:
+        """One schema error in our words; the value is repeated only for words out of a fixed choice."""
+        key: KeyPath = tuple(part for part in error["loc"] if part != "[key]")
+        if key in self.bad:
+            return
+        self.bad.add(key)
+        context = error.get("ctx", {})
+        kind = error["type"]
+        if kind == "refused":
+            self.add("error", key, context["message"], context["remedy"])
+        elif kind == "extra_forbidden":
+            self.add("error", key, "unknown key", _nearest(key))
+        elif kind == "missing":
+            self.add("error", key, "is missing", f"add it: {_example(key)}")
+        elif kind == "literal_error":
+            got = error["input"] if isinstance(error["input"], str) and len(error["input"]) <= 40 else None
+            message = f'"{got}" is not one of the choices' if got is not None else "is not one of the choices"
+            self.add("error", key, message, f"write {context['expected']}".replace("'", '"'))
+        elif kind in _WANTED:
+            got = _KINDS.get(type(error["input"]).__name__, "something else")
+            self.add("error", key, f"must be {_WANTED[kind]}, not {got}", f"for example: {_example(key)}")
+        else:
+            self.add("error", key, error["msg"][:1].lower() + error["msg"][1:], f"for example: {_example(key)}")
+
+
+def _without(document: dict[str, Any], errors: Iterable[ErrorDetails]) -> dict[str, Any]:
+    """A copy in which every bad option is gone, and every missing or bad required one has a harmless value."""
+    repaired = copy.deepcopy(document)
+    for place, error in enumerate(errors):
+        loc = [part for part in error["loc"] if part != "[key]"]
+        # The option itself, not the element of its list.
+        while len(loc) > 1 and isinstance(loc[-1], int) and loc[0] not in ("upstream", "model"):
+            loc.pop()
+        if loc[0] in ("upstream", "model") and len(loc) > 3:
+            loc = loc[:3]
+        holder: Any = repaired
+        for part in loc[:-1]:
+            try:
+                holder = holder[part]
+            except (KeyError, IndexError, TypeError):
+                holder = None
+                break
+        last = loc[-1]
+        if isinstance(holder, list) and isinstance(last, int):
+            holder[last] = {}
+            loc.append("")
+        elif isinstance(holder, dict):
+            holder.pop(last, None)
+        if loc[0] in ("upstream", "model") and len(loc) == 3:
+            _fill(repaired, str(loc[0]), loc[1], place)
+    return repaired
+
+
+def _fill(document: dict[str, Any], kind: str, index: Any, place: int) -> None:
+    """Gives one [[upstream]] or [[model]] the required options that it lacks."""
+    entry = document[kind][index]
+    if not isinstance(entry, dict):
+        return
+    entry.setdefault("name", f"unnamed-{place}")
+    if kind == "upstream":
+        entry.setdefault("url", "https://unnamed.invalid")
+    else:
+        entry.setdefault("id", 65535 - place)
+        entry.setdefault("upstreams", ["unnamed"])
+
+
+def _model_at(key: KeyPath) -> type[BaseModel] | None:
+    """The schema of the table that holds `key`."""
+    model: type[BaseModel] = Config
+    for part in key[:-1]:
+        if isinstance(part, int):
+            continue
+        info = model.model_fields.get(part)
+        if info is None:
+            # A tenant's name: the table below [limits.tenants].
+            continue
+        inner = _inner_model(info.annotation)
+        if inner is None:
+            return None
+        model = inner
+    return model
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    """The model inside an annotation such as tuple[UpstreamConfig, ...] or dict[str, TenantLimits]."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        inner = _inner_model(argument)
+        if inner is not None:
+            return inner
+    return None
+
+
+def _nearest(key: KeyPath) -> str:
+    """What an unknown key was probably meant to be."""
+    model = _model_at(key)
+    name = str(key[-1])
+    if model is None:
+        return "remove it"
+    here = list(model.model_fields)
+    close = difflib.get_close_matches(name, here, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]}?"
+    for section, info in Config.model_fields.items():
+        inner = _inner_model(info.annotation)
+        if inner is not None and inner is not model and name in inner.model_fields:
+            table = f"[[{section}]]" if section in ("upstream", "model") else f"[{section}]"
+            return f"did you mean {name} in {table}?"
+    anyway = difflib.get_close_matches(name, here, n=1, cutoff=0.0)
+    return f"remove it; the nearest known key is {anyway[0]}" if anyway else "remove it"
+
+
+_EXAMPLES = {
+    "name": 'name = "openai"',
+    "url": 'url = "https://api.openai.com/v1"',
+    "id": "id = 1",
+    "upstreams": 'upstreams = ["openai"]',
+}
+
+
+def _example(key: KeyPath) -> str:
+    """The option as the file could write it."""
+    names = [part for part in key if isinstance(part, str)]
+    name = names[-1]
+    if key[0] == "model" and name == "name":
+        return 'name = "gpt-4o-mini"'
+    if name in _EXAMPLES and key[0] in ("upstream", "model"):
+        return _EXAMPLES[name]
+    if len(key) <= 2 and name in Config.model_fields:
+        return f"[[{name}]]" if name in ("upstream", "model") else f"[{name}]"
+    model = _model_at(tuple(names))
+    info = model.model_fields.get(name) if model is not None else None
+    return f"{name} = {toml(info.default)}" if info is not None else name
+
+
+def toml(value: Any) -> str:
+    """A default of the schema as TOML writes it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml(one) for one in value) + "]"
+    return str(value)
