@@ -1,10 +1,11 @@
 """Anthropic messages: accounting of its typed events, and the upstream request of the site's route.
 
-Owns: which events carry usage, ends and errors; OpenAI-shaped messages turned into Anthropic's. Must not know: normalised
-events, sockets. Invariants: message_start's output count is a placeholder and is never booked; message_delta is cumulative.
+Owns: which events carry usage, ends and errors; OpenAI-shaped messages turned into Anthropic's. Must not know:
+normalised events, sockets. Invariants: message_start's output count is a placeholder and is never booked;
+message_delta is cumulative.
 
-The watch reports message_start, message_delta, message_stop and errors by type (an event may lack its `event:` line) and
-anything with a usage; content blocks and pings pass unseen, their text metered by the scan.
+The watch reports message_start, message_delta, message_stop and errors by type (an event may lack its `event:`
+line) and anything with a usage; content blocks and pings pass unseen, their text metered by the scan.
 """
 
 from __future__ import annotations

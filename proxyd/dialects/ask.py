@@ -1,9 +1,9 @@
 """What a client asked for: one of our relay routes and the few members of its JSON body that we read.
 
-Owns: `Route`, `Ask`, `Outgoing`, `parse_ask`. Must not know: sockets, upstreams, configuration, what an answer looks like.
-Invariants: `Ask.body` is the identical bytes object that the client sent; what we do not read is neither checked nor
-touched; a top-level member that we read occurs once (two parsers that disagree on which one counts would meter one model
-and bill another).
+Owns: `Route`, `Ask`, `Outgoing`, `parse_ask`. Must not know: sockets, upstreams, configuration, what an answer
+looks like. Invariants: `Ask.body` is the identical bytes object that the client sent; what we do not read is
+neither checked nor touched; a top-level member that we read occurs once (two parsers that disagree on which one
+counts would meter one model and bill another).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ Dialect = Literal["openai", "anthropic"]
 
 # Three tokens a message (token-estimation.md), in the bytes/4 currency of our estimates.
 _BYTES_PER_MESSAGE = 12
-# How deep we follow lists and objects for text; content parts of tool results nest three levels, a hostile body a thousand.
+# How deep we follow lists and objects for text; content parts of tool results nest three levels, a hostile body a
+# thousand.
 _TEXT_DEPTH = 6
 _TEXT_KEYS = ("content", "text", "input", "output", "arguments", "thinking", "instructions")
 _ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
@@ -41,7 +42,8 @@ class Route(StrEnum):
 
     @property
     def dialect(self) -> Dialect | None:
-        """The dialect that the bytes of this route are in; None for the site's own route, which any upstream can serve."""
+        """The dialect that the bytes of this route are in; None for the site's own route, which any upstream can
+        serve."""
         if self is Route.STREAM:
             return None
         return "anthropic" if self in (Route.MESSAGES, Route.COUNT_TOKENS) else "openai"
@@ -78,12 +80,15 @@ class Ask:
         if isinstance(n, int) and not isinstance(n, bool) and n > 1:
             return True
         prompt = self.document.get("prompt")
-        return self.route is Route.COMPLETIONS and isinstance(prompt, list) and len(prompt) > 1 and not _is_tokens(prompt)
+        return (
+            self.route is Route.COMPLETIONS and isinstance(prompt, list) and len(prompt) > 1 and not _is_tokens(prompt)
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """What goes upstream: `path` below the upstream's base, `body`, and whether the answer needs hiding or translating."""
+    """What goes upstream: `path` below the upstream's base, `body`, and whether the answer needs hiding or
+    translating."""
 
     path: str
     body: bytes
@@ -123,7 +128,8 @@ def _load(body: bytes) -> dict[str, Any]:
 
 
 def _load_lenient(body: bytes) -> Any:
-    """JSON that orjson refuses though it is JSON: JavaScript escapes half a surrogate pair, and providers accept that."""
+    """JSON that orjson refuses though it is JSON: JavaScript escapes half a surrogate pair, and providers accept
+    that."""
     try:
         if b"\\u" not in body:
             raise ValueError
@@ -211,7 +217,9 @@ def _check_messages(messages: Any) -> None:
         if isinstance(content, list):
             for part in content:
                 if not isinstance(part, dict):
-                    _refuse(f"{where}.content", f"{where}.content must be a string or a list of objects", "invalid_type")
+                    _refuse(
+                        f"{where}.content", f"{where}.content must be a string or a list of objects", "invalid_type"
+                    )
         elif content is not None and not isinstance(content, str):
             _refuse(f"{where}.content", f"{where}.content must be a string or a list of objects", "invalid_type")
         if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
@@ -224,7 +232,8 @@ def _check_messages(messages: Any) -> None:
 
 
 def prompt_text_bytes(document: dict[str, Any]) -> int:
-    """UTF-8 bytes of the prompt's text plus 12 for each message; a quarter of it is the estimate. Pictures count nothing."""
+    """UTF-8 bytes of the prompt's text plus 12 for each message; a quarter of it is the estimate. Pictures count
+    nothing."""
     total = 0
     for name in ("prompt", "input", "system", "instructions", "messages"):
         value = document.get(name)

@@ -1,7 +1,7 @@
 """The room's front door: read a request, build the upstream's, watch the answer, settle.
 
-Owns: which observer and which body a route and a dialect get; everything else is re-exported from the files that own it.
-Must not know: sockets, upstream choice, who pays. The relay imports this and `errors`.
+Owns: which observer and which body a route and a dialect get; everything else is re-exported from the files that
+own it. Must not know: sockets, upstream choice, who pays. The relay imports this and `errors`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def dialects_of(route: Route) -> frozenset[Dialect]:
 def build(ask: Ask, dialect: Dialect, upstream_model: str, inject_usage: bool) -> Outgoing:
     """What to send upstream. `upstream_model` "" keeps the client's name (the site's route needs one).
 
-    Native routes keep the client's bytes but for the splices; with none the body is the identical object. Build again with
-    `inject_usage=False` for the one resend after is_usage_rejection().
+    Native routes keep the client's bytes but for the splices; with none the body is the identical object. Build
+    again with `inject_usage=False` for the one resend after is_usage_rejection().
     """
     path = (_OPENAI_PATHS if dialect == "openai" else _ANTHROPIC_PATHS)[ask.route]
     if ask.route is Route.STREAM:

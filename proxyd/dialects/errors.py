@@ -1,9 +1,9 @@
 """Errors in the words of each dialect: those we send, and those that providers send.
 
-Owns: error bodies, in-stream error events, reading every known error shape, the "does not know stream_options" test, and
-the models page. Must not know: which connection, which upstream.
-Invariants: what is sent makes the real SDKs raise (openai: a data object with a truthy `error`; anthropic: `event: error`,
-read in openai-python 3.52.0 and anthropic-python 2.11.0 `_streaming.py`); nothing read here raises.
+Owns: error bodies, in-stream error events, reading every known error shape, the "does not know stream_options"
+test, and the models page. Must not know: which connection, which upstream. Invariants: what is sent makes the real
+SDKs raise (openai: a data object with a truthy `error`; anthropic: `event: error`, read in openai-python 3.52.0 and
+anthropic-python 2.11.0 `_streaming.py`); nothing read here raises.
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ _ANTHROPIC_TYPE = {
 _RETRYABLE_TYPES = frozenset(
     ("overloaded_error", "rate_limit_error", "api_error", "server_error", "timeout_error", "internal_server_error")
 )
-_REJECTIONS = (b"stream_options", b"include_usage", b"extra_forbidden", b"Unknown parameter", b"Unrecognized request argument")
+_REJECTIONS = (
+    b"stream_options",
+    b"include_usage",
+    b"extra_forbidden",
+    b"Unknown parameter",
+    b"Unrecognized request argument",
+)
 # What is kept of a body that is no JSON; enough for a title, and no page in a log line.
 _TEXT_KEPT = 300
 _TAGS = re.compile(r"<(script|style)\b.*?</\1\s*>|<[^>]*>", re.IGNORECASE | re.DOTALL)
@@ -139,7 +145,8 @@ def read_error_value(error: Any) -> Error:
 
 
 def read_error(document: Any) -> Error | None:
-    """The error in a JSON document, or None when it holds none: nested, flat (vLLM), `detail` (FastAPI), array (Gemini)."""
+    """The error in a JSON document, or None when it holds none: nested, flat (vLLM), `detail` (FastAPI), array
+    (Gemini)."""
     if isinstance(document, list):
         return read_error(document[0]) if document else None
     if not isinstance(document, dict):
@@ -201,6 +208,8 @@ def is_retryable(error: Error) -> bool:
 def models_page(models: Iterable[Named]) -> bytes:
     """`GET /v1/models`, OpenAI's shape; the `*` that takes any name is no name."""
     page = [
-        {"id": model.name, "object": "model", "created": 0, "owned_by": "proxyd"} for model in models if model.name != "*"
+        {"id": model.name, "object": "model", "created": 0, "owned_by": "proxyd"}
+        for model in models
+        if model.name != "*"
     ]
     return orjson.dumps({"object": "list", "data": page})

@@ -49,13 +49,15 @@ def is_identity(content_encoding: str | None) -> bool:
 
 
 def inflater(content_encoding: str | None) -> Inflater | None:
-    """A decoder for gzip, x-gzip or deflate; None for every other coding (br, zstd, stacked ones): usage unknown then."""
+    """A decoder for gzip, x-gzip or deflate; None for every other coding (br, zstd, stacked ones): usage unknown
+    then."""
     coding = (content_encoding or "").strip().lower()
     return Inflater(coding) if coding in ("gzip", "x-gzip", "deflate") else None
 
 
 class Inflater:
-    """Incremental: `out = f.feed(data)`, then `f.feed(b"")` while `f.more`. Several gzip members in a row are one body."""
+    """Incremental: `out = f.feed(data)`, then `f.feed(b"")` while `f.more`. Several gzip members in a row are one
+    body."""
 
     __slots__ = ("_gzip", "_pending", "_started", "_z", "done", "failed", "max_total", "total")
 

@@ -1,9 +1,9 @@
 """Watching one answer go by: what every dialect's observer has in common.
 
-Owns: the accounting state of one answer, the never-raising event entry, JSON bodies, the outcome. Must not know: sockets,
-the relay's phases, who pays. Subclasses say what an event's document means.
-Invariants: `on_event`, `on_tail`, `on_body` never raise, whatever the bytes; the first error stays the error; `finish` may be
-called again (it computes from what was seen, it consumes nothing).
+Owns: the accounting state of one answer, the never-raising event entry, JSON bodies, the outcome. Must not know:
+sockets, the relay's phases, who pays. Subclasses say what an event's document means. Invariants: `on_event`,
+`on_tail`, `on_body` never raise, whatever the bytes; the first error stays the error; `finish` may be called again
+(it computes from what was seen, it consumes nothing).
 
     events / body  ->  accounting state  ->  finish(clean)  ->  outcome, usage, usage_source  ->  usage.settle()
 """
@@ -186,7 +186,9 @@ class Observer:
         document = self._parse(value)
         error = None if document is None else read_error(document)
         if error is None and document is not None:
-            error = make_error(document.get("message"), document.get("type"), document.get("code"), document.get("param"))
+            error = make_error(
+                document.get("message"), document.get("type"), document.get("code"), document.get("param")
+            )
         self._fail(error or make_error(value[:1024].decode("utf-8", "replace")))
 
     def _on_line(self, line: bytes) -> None:

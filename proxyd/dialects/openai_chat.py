@@ -3,12 +3,12 @@
 Owns: which events are worth a call, the meaning of a chunk (usage-rules.md, rules 1-11), the Hiding rule, the upstream
 request of the site's route. Must not know: normalised events, sockets.
 
-Why the watch is enough. Of a plain delta chunk the accounting needs only its choice index, and only to know whether every
-seen index has finished (rule 9). An answer holds no index but 0 unless the request asked for more, and the request is known:
-so with n = 1 a chunk without usage, finish_reason, error, timings changes nothing and is not reported, and with several
-choices asked for (`Ask.many_choices`) every chunk is, by its `index` key. The model comes from the first event, which is
-always reported; where that has none (Azure's filter results) from the next that is.
-`x_groq.usage` and a usage inside anything else is found by its key: the scan knows no depth.
+Why the watch is enough. Of a plain delta chunk the accounting needs only its choice index, and only to know whether
+every seen index has finished (rule 9). An answer holds no index but 0 unless the request asked for more, and the
+request is known: so with n = 1 a chunk without usage, finish_reason, error, timings changes nothing and is not
+reported, and with several choices asked for (`Ask.many_choices`) every chunk is, by its `index` key. The model
+comes from the first event, which is always reported; where that has none (Azure's filter results) from the next
+that is. `x_groq.usage` and a usage inside anything else is found by its key: the scan knows no depth.
 """
 
 from __future__ import annotations
@@ -189,4 +189,3 @@ def site_request(ask: Ask, model: str) -> bytes:
         if document.get(name) is not None:
             request[name] = document[name]
     return orjson.dumps(request)
-

@@ -1,7 +1,8 @@
 """OpenAI Responses: accounting of its typed events.
 
-Owns: which events end a response and where usage stands. Must not know: hiding or injecting (there is no include_usage here),
-normalised events. Invariant: no event is ever changed or dropped: `sequence_number` is part of the payload.
+Owns: which events end a response and where usage stands. Must not know: hiding or injecting (there is no
+include_usage here), normalised events. Invariant: no event is ever changed or dropped: `sequence_number` is part of
+the payload.
 
 The watch needs the terminal events (they carry usage and reason), the errors, and the first event (it names the model);
 `"usage":null` and `"error":null` of response.created and response.in_progress are not reported.

@@ -65,8 +65,11 @@ def _usage_edits(body: bytes, top: list[Span], options: Span | None) -> list[Edi
 
 
 def _merge_edits(body: bytes, inner: list[Span]) -> list[Edit]:
-    """Turn include_usage on among the members of an object, and take `continuous_usage_stats` out: it was without effect
-    while include_usage was off, and would now give the client a usage on every chunk that it never asked for."""
+    """Turn include_usage on among the members of an object, and take `continuous_usage_stats` out.
+
+    It was without effect while include_usage was off, and would now give the client a usage on every chunk that it
+    never asked for.
+    """
     names = [key_name(body[span[0] : span[1]]) for span in inner]
     kept = [at for at, name in enumerate(names) if name != "continuous_usage_stats"]
     if not kept:
@@ -75,7 +78,9 @@ def _merge_edits(body: bytes, inner: list[Span]) -> list[Edit]:
     if kept[0] > 0:
         edits.append((inner[0][0] - 1, inner[kept[0]][0] - 1, b""))
     edits.extend(
-        (inner[at - 1][3], inner[at][3], b"") for at in range(kept[0], len(inner)) if names[at] == "continuous_usage_stats"
+        (inner[at - 1][3], inner[at][3], b"")
+        for at in range(kept[0], len(inner))
+        if names[at] == "continuous_usage_stats"
     )
     present = [at for at in kept if names[at] == "include_usage"]
     if present:

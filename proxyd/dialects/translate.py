@@ -1,15 +1,17 @@
 """The site's route: an upstream's stream, whatever its dialect, told in normalised events (CONTRACT section 4).
 
 Owns: what a chunk or event becomes, the ids, the one ending. Must not know: sockets, resumption, who listens.
-Invariants: ids count 1, 2, 3 ... without gaps; exactly one of done and error ends a stream, nothing follows it; usage stands
-before done; an upstream's `id:` never becomes ours. The accounting is the wrapped observer's, so it is that of native routes.
+Invariants: ids count 1, 2, 3 ... without gaps; exactly one of done and error ends a stream, nothing follows it;
+usage stands before done; an upstream's `id:` never becomes ours. The accounting is the wrapped observer's, so it is
+that of native routes.
 
     upstream event -> observer (accounting) -> document -> frames
     [DONE] | message_stop -> usage, done        error -> error        end of body -> ending(clean)
 
-Decisions. A refusal's text is text: a reader must see it, so it comes as `delta`, and done says content_filter where the
-provider did. Only choice 0 is told (the route asks for one). Tools that the provider runs itself (Anthropic's server tools)
-are not told: there is nothing for the client to call. `retryable` is is_retryable(), and True for an answer that broke off.
+Decisions. A refusal's text is text: a reader must see it, so it comes as `delta`, and done says content_filter
+where the provider did. Only choice 0 is told (the route asks for one). Tools that the provider runs itself
+(Anthropic's server tools) are not told: there is nothing for the client to call. `retryable` is is_retryable(), and
+True for an answer that broke off.
 """
 
 from __future__ import annotations
@@ -50,7 +52,19 @@ def finish_word(reason: str | None) -> str:
 class Translator:
     """An observer whose on_event answers with frames. It needs every event: `watch` is None."""
 
-    __slots__ = ("_ask", "_carry", "_counted", "_ended", "_epoch", "_inner", "_n", "_pending", "_request_id", "_tools", "watch")
+    __slots__ = (
+        "_ask",
+        "_carry",
+        "_counted",
+        "_ended",
+        "_epoch",
+        "_inner",
+        "_n",
+        "_pending",
+        "_request_id",
+        "_tools",
+        "watch",
+    )
 
     def __init__(self, inner: Observer, ask: Ask, *, request_id: str, epoch: int) -> None:
         self.watch = None
@@ -309,7 +323,9 @@ class Translator:
 
 
 def _joined(parts: Any) -> str:
-    return "".join(part["text"] for part in listed(parts) if isinstance(part, dict) and isinstance(part.get("text"), str))
+    return "".join(
+        part["text"] for part in listed(parts) if isinstance(part, dict) and isinstance(part.get("text"), str)
+    )
 
 
 def _compact(value: Any) -> str:

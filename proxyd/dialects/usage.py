@@ -1,8 +1,8 @@
 """Token counts: reading them out of a provider's objects, merging them, and settling what a request cost.
 
-Owns: `Usage`, the per-provider field names, rule 8 (reasoning on top), estimates, `Tally`. Must not know: events, streams.
-Invariants: None is unknown, never 0; merging is field by field and the last known value wins, sums are never made;
-`prompt` is all input (cache reads and writes included), `completion` all output (reasoning included).
+Owns: `Usage`, the per-provider field names, rule 8 (reasoning on top), estimates, `Tally`. Must not know: events,
+streams. Invariants: None is unknown, never 0; merging is field by field and the last known value wins, sums are
+never made; `prompt` is all input (cache reads and writes included), `completion` all output (reasoning included).
 """
 
 from __future__ import annotations
@@ -169,8 +169,9 @@ class Observed(Protocol):
 def settle(observer: Observed, ask: Ask, text_bytes: int, delivered: bool) -> Tally:
     """What to book: the provider's numbers field by field, our estimates where it gave none.
 
-    `delivered`: the upstream answered with a 2xx head. Nothing is booked when it did not, when it answered 4xx/5xx, or
-    when the only thing it sent was an error. Hidden reasoning cannot be estimated: a completion of ours is a lower bound.
+    `delivered`: the upstream answered with a 2xx head. Nothing is booked when it did not, when it answered 4xx/5xx,
+    or when the only thing it sent was an error. Hidden reasoning cannot be estimated: a completion of ours is a
+    lower bound.
     """
     usage = observer.usage
     if ask.route is Route.COUNT_TOKENS:
