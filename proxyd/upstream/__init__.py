@@ -1,0 +1,1 @@
+"""The room of the upstream side: origins, connections, the pool, who is asked and in which order."""
