@@ -1,0 +1,202 @@
+"""What all client connections of one worker share, and where their requests go.
+
+Owns: the settings, the scratch buffer, the wheel, the set of connections, draining, and the way from a decided route to
+the one who serves it. Must not know: the relay, aiohttp, sessions; they come in as callables.
+
+    Acceptor -> Door.accept(sock, peer) -> ClientConnection -> Door.handler(conn, request)
+                                                                 |- Relay     -> serve(conn, request)
+                                                                 |- Preflight -> preflight(request)
+                                                                 '- Web       -> web(conn, request)   (handoff)
+
+Invariants: a connection is in `connections` from accept to close, also while streamed or handed on; the scratch buffer
+is valid only inside one readiness callback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from proxyd.clock import Clock
+from proxyd.front import replies, routes
+from proxyd.front.connection import ClientConnection
+from proxyd.front.proxies import UNIX_PEER, Proxies
+from proxyd.front.request import Request
+from proxyd.front.states import State
+from proxyd.front.wheel import Wheel
+from proxyd.log import Log
+from proxyd.wire.head import Headers, RequestHead
+
+__all__ = ["SCRATCH_BYTES", "Answered", "Door", "FrontSettings"]
+
+# One recv takes at most this much before the next socket has its turn: a whole prompt in most cases. Half doubles the
+# calls for long prompts, twice gives an uploading client a longer turn.
+SCRATCH_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class FrontSettings:
+    """The part of the configuration that the front reads. Times in seconds, sizes in bytes."""
+
+    max_head: int
+    max_body: int
+    head_timeout: float
+    body_timeout: float
+    keepalive: float
+    send_timeout: float
+    """How long a client may take nothing of a complete answer (`stream.slow_client_timeout`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One request that the front or the web application answered, for the access log and the metrics.
+
+    `route` has few values ("web", "front" or a relay route's path), `path` is what the client sent ("" if unreadable).
+    """
+
+    request_id: str
+    route: str
+    method: str
+    path: str
+    status: int
+    peer: str
+    bytes_sent: int
+    duration_s: float
+
+
+Serve = Callable[[ClientConnection, Request], None]
+
+
+def _no_cors(headers: Headers) -> Headers:
+    return []
+
+
+def _no_record(answered: Answered) -> None:
+    return None
+
+
+class Door:
+    """The worker's front: it makes connections out of sockets and sends their requests on."""
+
+    __slots__ = (
+        "_date",
+        "_date_second",
+        "_preflight",
+        "_serve",
+        "_web",
+        "clock",
+        "connections",
+        "cors",
+        "draining",
+        "log",
+        "loop",
+        "proxies",
+        "record",
+        "scratch",
+        "settings",
+        "wheel",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        clock: Clock,
+        wheel: Wheel,
+        log: Log,
+        settings: FrontSettings,
+        proxies: Proxies,
+        *,
+        serve: Serve,
+        web: Serve,
+        preflight: Callable[[Request], Headers],
+        cors: Callable[[Headers], Headers] = _no_cors,
+        record: Callable[[Answered], None] = _no_record,
+    ) -> None:
+        """serve: a relay route's request; web: everything else (`Handoff.give`); preflight: the headers of a 204, or it
+        raises Refusal; cors: headers that let a page read our refusals. None of them may block; each answers through
+        the connection, now or later. The owner ticks `wheel`."""
+        self.loop = loop
+        self.clock = clock
+        self.wheel = wheel
+        self.log = log
+        self.settings = settings
+        self.proxies = proxies
+        self.cors = cors
+        self.record = record
+        self.draining = False
+        self.connections: set[ClientConnection] = set()
+        self.scratch = memoryview(bytearray(SCRATCH_BYTES))
+        self._serve = serve
+        self._web = web
+        self._preflight = preflight
+        self._date = b""
+        self._date_second = -1
+
+    def accept(self, sock: socket.socket, address: object) -> None:
+        """Takes a non-blocking accepted socket, with its address as accept() gave it."""
+        peer = str(address[0]) if isinstance(address, tuple) else UNIX_PEER
+        self.connections.add(ClientConnection(self, sock, peer))
+
+    def handler(self, conn: ClientConnection, request: Request) -> None:
+        """Sends a complete request to whoever serves it. Raises Refusal."""
+        decision = routes.decide_route(request.head.method, request.head.path)
+        if isinstance(decision, routes.Relay):
+            self._serve(conn, request)
+        elif isinstance(decision, routes.Web):
+            self._web(conn, request)
+        else:
+            conn.reply(204, self._preflight(request), b"")
+            self.record_refusal(conn, request.head, 204)
+
+    def check(self, head: RequestHead) -> None:
+        """Refuses, before its body is read, what no body could make right. Raises Refusal."""
+        routes.decide_route(head.method, head.path)
+
+    def keeps_alive(self) -> bool:
+        """Whether connections may stay after an answer."""
+        return not self.draining and self.settings.keepalive > 0
+
+    def drain(self) -> None:
+        """From now on every answer is its connection's last; idle connections close at once."""
+        self.draining = True
+        for conn in list(self.connections):
+            conn.drain()
+
+    def close(self) -> None:
+        """Resets every connection that is ours; streamed and handed ones are ended by who owns them."""
+        for conn in list(self.connections):
+            if conn.state not in (State.STREAMING, State.HANDED):
+                conn.abort()
+
+    def forget(self, conn: ClientConnection) -> None:
+        """The connection closed."""
+        self.connections.discard(conn)
+
+    def count(self, state: State) -> int:
+        """How many connections are in `state`. Cost: one pass; for status."""
+        return sum(conn.state is state for conn in self.connections)
+
+    def date(self) -> bytes:
+        """The `Date` of this second."""
+        second = int(self.clock.wall())
+        if second != self._date_second:
+            self._date_second = second
+            self._date = replies.http_date(second)
+        return self._date
+
+    def record_refusal(self, conn: ClientConnection, head: RequestHead | None, status: int) -> None:
+        """Reports an answer that the front itself gave."""
+        self.record(
+            Answered(
+                request_id=conn.request_id,
+                route="front",
+                method=head.method if head is not None else "",
+                path=head.path if head is not None else "",
+                status=status,
+                peer=conn.identity.peer,
+                bytes_sent=conn.answered_bytes,
+                duration_s=0.0,
+            )
+        )
