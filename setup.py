@@ -2,7 +2,8 @@
 
 What is not here is in pyproject.toml. Switches, all from the environment:
   PROXYD_DEBUG_BUILD=1  bounds and overflow checks on, no optimisation: what a debugging run wants
-  PROXYD_SANITIZE=1     address and undefined-behaviour sanitizers (run with LD_PRELOAD="$(gcc -print-file-name=libasan.so)")
+  PROXYD_SANITIZE=1     address and undefined-behaviour sanitizers; run with
+                        LD_PRELOAD="$(gcc -print-file-name=libasan.so)"
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Two clocks behind one object, so that whoever decides about time can be tested without waiting.
 
 Owns: reading time. Must not know: timers, loops, formats.
-Invariants: `monotonic` is for durations and deadlines and never goes back; `wall` is for rows, log lines and token expiry.
+Invariants: `monotonic` is for durations and deadlines and never goes back; `wall` is for rows, log lines and tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The failures that rooms tell each other about, as types.
 
 Owns: what is refused to a client (`Refusal`), what an upstream did to us (`UpstreamError`), and what is wrong with a
-configuration (`Finding`, `ConfigError`). Must not know: HTTP bytes, sockets, dialects; who catches decides what to send.
+configuration (`Finding`, `ConfigError`). Must not know: HTTP bytes, sockets, dialects; who catches decides what to do.
 Invariants: no message carries a secret or a prompt; every `Refusal` has a status of 400..599.
 """
 
@@ -32,7 +32,7 @@ def _type_of(status: int) -> str:
 class Refusal(Exception):
     """What we answer to a client instead of serving it.
 
-    `headers` are extra answer headers, names lower-cased; `retry_after_s` (whole seconds, at least 1) adds `retry-after`.
+    `headers` are extra answer headers, names lower-cased; `retry_after_s` (seconds, 1 or more) adds `retry-after`.
     `close` ends the connection after the answer, for input whose end we cannot know.
     """
 
@@ -106,7 +106,7 @@ class UpstreamError(Exception):
 class Finding:
     """One thing that is wrong, or doubtful, about a configuration: where, what, and what to do about it.
 
-    `line` counts from 1; 0 means the file as a whole. `key` is the dotted path, with `[n]` for the n-th element from 0.
+    `line` counts from 1, which also stands for the file as a whole. `key` is the dotted path, elements from [0].
     """
 
     severity: Literal["error", "warning"]
@@ -118,10 +118,9 @@ class Finding:
 
     def text(self) -> str:
         """The one line that an operator reads."""
-        where = f"{self.file}:{self.line}" if self.line else self.file
         subject = f" {self.key}" if self.key else ""
         advice = f"; {self.remedy}" if self.remedy else ""
-        return f"{self.severity} {where}{subject}: {self.message}{advice}"
+        return f"{self.severity} {self.file}:{self.line}{subject}: {self.message}{advice}"
 
 
 class ConfigError(Exception):

@@ -1,12 +1,12 @@
 """Log lines: one JSON object (or one text line) each, buffered, written once a loop turn, never an exception.
 
-Owns: the format of a line, the rate limit per event kind, two sinks (events on stderr, the access log where configured).
+Owns: the format of a line, the rate limit per event kind, two sinks (events on stderr, the access log where it should).
 Must not know: requests, configuration models, processes.
 Invariants:
 - Writing never blocks and never raises. A sink that takes nothing (full disk, closed or stalled pipe) costs at most
   MAX_BUFFER_BYTES of memory; what did not fit is counted and reported by the first line that gets through.
 - Lines of several processes on one pipe never mix: a pipe gets whole lines in pieces of at most PIPE_BUF bytes.
-- A value whose `str()` is "***" (config.secrets.Secret) is printed so: unknown types go through `str()`, never `repr()`.
+- A value whose `str()` is "***" (config.secrets.Secret) is printed so: unknown types go through `str()`.
 
      info() -> rate limit -> encode -> [ sink buffer ] -> flush(): one write
 """
@@ -27,7 +27,7 @@ from proxyd.clock import SYSTEM, Clock
 Level = Literal["debug", "info", "warning", "error"]
 _RANK: dict[str, int] = {"debug": 0, "info": 1, "warning": 2, "error": 3}
 
-# What waits for a sink that takes nothing. Half: a short disk stall loses lines; twice: memory that only a broken sink uses.
+# What waits for a sink that takes nothing. Half: a short disk stall loses lines; twice: memory for a broken sink only.
 MAX_BUFFER_BYTES = 256 * 1024
 # Flushed early at this size, so that one busy turn is a few writes and not one huge one.
 EARLY_FLUSH_BYTES = 64 * 1024
@@ -223,7 +223,7 @@ class Log:
         self._report_loss(self._events, "events")
 
     def reopen(self) -> None:
-        """Opens log files anew (USR1); a file that cannot be opened keeps its old descriptor, and the event log says so."""
+        """Opens log files anew (USR1); one that cannot be opened keeps its descriptor, and the event log says so."""
         if self._access is not None:
             failed = self._access.reopen()
             if failed is not None:
@@ -239,7 +239,7 @@ class Log:
         self._put(self._events, line)
 
     def _may_pass(self, event: str) -> bool:
-        """The rate limit: the first LINES_PER_WINDOW lines of a kind in each window; kinds are names in our code, so few."""
+        """The rate limit: LINES_PER_WINDOW lines of a kind in each window; kinds are names in our code, so few."""
         now = self._clock.monotonic()
         rate = self._rates.get(event)
         if rate is None:

@@ -30,7 +30,7 @@ from proxyd.config.schema import Config
 from proxyd.config.secrets import key_text
 from proxyd.errors import ConfigError, Finding
 
-# A configuration is some pages of text. Half: nobody would notice; twice: a wrong path (a log file) is parsed for seconds.
+# A configuration is some pages of text. Half: nobody would notice; twice: a wrong path (a log) is parsed for seconds.
 MAX_FILE_BYTES = 1024 * 1024
 
 _KINDS = {"str": "a string", "bool": "true or false", "int": "an integer", "float": "a number",
@@ -87,7 +87,7 @@ def _document(text: str, path: str) -> tuple[dict[str, Any] | None, list[Finding
         return None, [Finding("error", path, line, "", message, remedy)]
 
     if len(text) > MAX_FILE_BYTES:
-        return broken(0, f"larger than {MAX_FILE_BYTES} bytes", "is this the right file?")
+        return broken(1, f"larger than {MAX_FILE_BYTES} bytes", "is this the right file?")
     stray = re.search(r"[\ud800-\udfff]", text)
     if stray is not None:
         return broken(text.count("\n", 0, stray.start()) + 1, "not UTF-8", "save the file as UTF-8")
@@ -102,7 +102,7 @@ def _document(text: str, path: str) -> tuple[dict[str, Any] | None, list[Finding
         # tomllib quotes the key that it met twice, never a value.
         return broken(max(1, line), f"not TOML: {reason}{column}", "correct the syntax; the rest was not looked at")
     except RecursionError:
-        return broken(0, "nested too deeply", "no option needs it")
+        return broken(1, "nested too deeply", "no option needs it")
 
 
 class _Finder:
@@ -118,11 +118,11 @@ class _Finder:
         self.findings.append(Finding(severity, self.path, self.line(key), key_text(key), message, remedy))
 
     def line(self, key: KeyPath) -> int:
-        """The line of a key or of what encloses it."""
+        """The line of a key or of what encloses it; 1 when the file mentions neither."""
         for length in range(len(key), 0, -1):
             if key[:length] in self.lines:
                 return self.lines[key[:length]]
-        return 0
+        return 1
 
     def is_known_bad(self, key: KeyPath) -> bool:
         """True when a finding about this option, or about one around or inside it, exists already."""
@@ -171,6 +171,10 @@ def _without(document: dict[str, Any], errors: Iterable[ErrorDetails]) -> dict[s
     repaired = copy.deepcopy(document)
     for place, error in enumerate(errors):
         loc = [part for part in error["loc"] if part != "[key]"]
+        if loc[:2] == ["server", "listen"] and len(loc) == 3:
+            # Port 0 is in nobody's way: the other addresses are still compared with each other.
+            repaired["server"]["listen"][loc[2]] = "127.0.0.1:0"
+            continue
         # The option itself, not the element of its list.
         while len(loc) > 1 and isinstance(loc[-1], int) and loc[0] not in ("upstream", "model"):
             loc.pop()
@@ -199,7 +203,7 @@ def _fill(document: dict[str, Any], kind: str, index: Any, place: int) -> None:
     entry = document[kind][index]
     if not isinstance(entry, dict):
         return
-    entry.setdefault("name", f"unnamed-{place}")
+    entry.setdefault("name", f"{rules.UNNAMED}{place}")
     if kind == "upstream":
         entry.setdefault("url", "https://unnamed.invalid")
     else:
@@ -235,6 +239,14 @@ def _inner_model(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+# Keys that people expect, and where what they want is.
+_HINTS = {
+    "api_key": "put the key into a file and name it with api_key_file",
+    "secret": "put the secret into a file and name it with secret_file",
+    "password": "put the password into a file and name it with password_file",
+}
+
+
 def _nearest(key: KeyPath) -> str:
     """What an unknown key was probably meant to be."""
     model = _model_at(key)
@@ -242,6 +254,8 @@ def _nearest(key: KeyPath) -> str:
     if model is None:
         return "remove it"
     here = list(model.model_fields)
+    if name in _HINTS:
+        return _HINTS[name]
     close = difflib.get_close_matches(name, here, n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]}?"

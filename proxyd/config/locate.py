@@ -1,7 +1,7 @@
 """Where each key of a TOML text stands: key path to line number.
 
-Owns: a lexical walk over text that `tomllib` has already accepted, because tomllib tells no positions. Must not know: the
-schema. It decodes no values: tomllib is the parser, this only counts lines beside it (a test compares the paths of both).
+Owns: a lexical walk over text that `tomllib` has already accepted, because tomllib tells no positions. Must not know:
+the schema. It decodes no values: tomllib is the parser, this counts lines beside it (a test compares the paths).
 Invariant: on text that tomllib accepts it ends, never raises, and finds exactly the key paths of the document.
 
 Paths are tuples: ("upstream", 0, "url") is `url` in the first `[[upstream]]`; elements of arrays have paths, too.

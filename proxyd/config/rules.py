@@ -19,6 +19,9 @@ from proxyd.config.schema import Config, Listen, UpstreamConfig
 
 Severity = Literal["error", "warning"]
 
+# How load.py names an entry whose own name is missing or unusable, so that the rules still see the rest of it.
+UNNAMED = "unnamed.in.the.file-"
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -43,9 +46,10 @@ def _listeners(config: Config) -> Iterator[Problem]:
     seen: dict[Listen, int] = {}
     for index, listen in enumerate(server.listen):
         first = seen.setdefault(listen, index)
-        if first != index and listen.port != 0 or first != index and listen.kind == "unix":
+        is_one_place = listen.kind == "unix" or listen.port != 0  # port 0 is another one each time
+        if first != index and is_one_place:
             yield Problem("error", ("server", "listen", index), f"{listen.text} is listed twice", "remove one of them")
-        if listen == server.admin and (listen.port or listen.kind == "unix"):
+        if listen == server.admin and is_one_place:
             yield Problem("error", ("server", "admin"), f"{listen.text} is a public address, too", "give it its own")
         if config.auth.mode == "off" and not listen.is_local:
             yield Problem(
@@ -124,9 +128,13 @@ def _upstreams(config: Config) -> Iterator[Problem]:
             if not _is_loopback(urlsplit(upstream.url).hostname or ""):
                 yield Problem("warning", (*place, "url"), "sends the key and every prompt unencrypted", "use https")
         if upstream.max_idle > upstream.max_connections:
-            yield Problem("warning", (*place, "max_idle"), "is above max_connections", "lower it; the excess is never used")
+            yield Problem(
+                "warning", (*place, "max_idle"), "is above max_connections", "lower it; the excess is never used"
+            )
         if upstream.first_byte_timeout > upstream.total_timeout:
-            yield Problem("warning", (*place, "first_byte_timeout"), "is above total_timeout, which ends first", "lower it")
+            yield Problem(
+                "warning", (*place, "first_byte_timeout"), "is above total_timeout, which ends first", "lower it"
+            )
         if upstream.dialect == "anthropic" and re.search(r"/v1/messages$", upstream.url):
             yield Problem("error", (*place, "url"), "names a route, not the base", "end it at the host or at /v1")
         if upstream.dialect == "openai" and re.search(r"/(chat/completions|completions|responses)$", upstream.url):
@@ -143,7 +151,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _is_same_place(upstream: UpstreamConfig, listen: Listen) -> bool:
-    """True when connecting to the upstream's address would reach this listener, as far as can be told without a resolver."""
+    """True when the upstream's address is this listener, as far as one can tell without resolving names."""
     if listen.kind == "unix" or listen.port == 0:
         return False
     parts = urlsplit(upstream.url)
@@ -163,6 +171,7 @@ def _models(config: Config) -> Iterator[Problem]:
     if not config.model:
         yield Problem("error", ("model",), "there is no [[model]]", "add one with name, id and upstreams")
     known = [upstream.name for upstream in config.upstream]
+    choices = ", ".join(name for name in known if not name.startswith(UNNAMED))
     names: set[str] = set()
     ids: dict[int, str] = {}
     for index, model in enumerate(config.model):
@@ -173,17 +182,22 @@ def _models(config: Config) -> Iterator[Problem]:
         owner = ids.setdefault(model.id, model.name)
         if owner != model.name:
             yield Problem(
-                "error", (*place, "id"), f'{model.id} is the id of "{owner}"', "rows could not be told apart: choose another"
+                "error",
+                (*place, "id"),
+                f'{model.id} is the id of "{owner}"',
+                "rows could not be told apart: choose another",
             )
         used: set[str] = set()
         for group_index, group in enumerate(model.upstreams):
             for name in group:
                 if name not in known:
                     close = get_close_matches(name, known, n=1)
-                    remedy = f'did you mean "{close[0]}"?' if close else f"name one of: {', '.join(known) or 'none exist'}"
+                    remedy = f'did you mean "{close[0]}"?' if close else f"name one of: {choices or 'none exist'}"
                     yield Problem("error", (*place, "upstreams", group_index), f'there is no upstream "{name}"', remedy)
                 if name in used:
-                    yield Problem("error", (*place, "upstreams", group_index), f'"{name}" is listed twice', "list it once")
+                    yield Problem(
+                        "error", (*place, "upstreams", group_index), f'"{name}" is listed twice', "list it once"
+                    )
                 used.add(name)
 
 
@@ -204,7 +218,9 @@ def _fallbacks(config: Config) -> Iterator[Problem]:
             chain.append(following)
             following = by_name[following].fallback
         if following == model.name:
-            yield Problem("error", place, f"goes round: {' -> '.join([*chain, following])}", "let one of them end the chain")
+            yield Problem(
+                "error", place, f"goes round: {' -> '.join([*chain, following])}", "let one of them end the chain"
+            )
 
 
 def _streams(config: Config) -> Iterator[Problem]:
@@ -219,7 +235,7 @@ _QUANTITIES = (
     "upstream_connections", "upstream_reuse_ratio", "breaker_state", "telemetry_lag", "telemetry_spool_bytes",
     "worker_restarts", "loop_lag", "sockets_time_wait", "tokens",
 )  # fmt: skip
-_LATENCY = re.compile(r"p\d{1,2}(?:_?\d{1,3})?_(?:latency|relay_lag|time_to_first_event|task_ack|loop_lag|telemetry_lag)")
+_LATENCY = re.compile(r"p\d{2,4}_(?:latency|relay_lag|time_to_first_event|task_ack|loop_lag|telemetry_lag)")
 
 
 def _monitoring(config: Config) -> Iterator[Problem]:
@@ -233,7 +249,10 @@ def _monitoring(config: Config) -> Iterator[Problem]:
         match = _CONDITION.fullmatch(condition)
         if match is None:
             yield Problem(
-                "error", place, "is not a condition", 'write METRIC > NUMBER, as in "p99_latency > 200ms" or "requests > 100/min"'
+                "error",
+                place,
+                "is not a condition",
+                'write METRIC > NUMBER, as in "p99_latency > 200ms" or "requests > 100/min"',
             )
             continue
         quantity, unit, rate = match[1], match[4], match[5]
@@ -246,17 +265,19 @@ def _monitoring(config: Config) -> Iterator[Problem]:
             yield Problem("error", place, f'there is no quantity "{quantity}"', remedy)
 
 
-# Options that are read and have no effect in this version, each with what to expect instead. An entry goes when it works.
+# Options that are read and do not do in this version what they promise. An entry goes when they do.
+_PER_WORKER = "is counted by each worker for itself, since its own start: N workers allow N times as much"
+_NO_LIMIT = "has no effect in this version: nothing is limited"
 NOT_YET: dict[KeyPath, str] = {
-    ("quota", "window"): "only the token's own quota is enforced",
-    ("quota", "tokens"): "only the token's own quota is enforced",
-    ("quota", "refresh"): "only the token's own quota is enforced",
-    ("limits", "concurrent_streams"): "nothing is limited",
-    ("limits", "requests_per_minute"): "nothing is limited",
-    ("limits", "tokens_per_minute"): "nothing is limited",
-    ("limits", "tenants"): "nothing is limited",
-    ("monitoring", "alert_on"): "nothing is alerted on",
-    ("telemetry", "password_file"): "SQLite has no password",
+    ("quota", "window"): _PER_WORKER,
+    ("quota", "tokens"): _PER_WORKER,
+    ("quota", "refresh"): "has no effect in this version: the store's sum is not read",
+    ("limits", "concurrent_streams"): _NO_LIMIT,
+    ("limits", "requests_per_minute"): _NO_LIMIT,
+    ("limits", "tokens_per_minute"): _NO_LIMIT,
+    ("limits", "tenants"): _NO_LIMIT,
+    ("monitoring", "alert_on"): "has no effect in this version: nobody is alerted",
+    ("telemetry", "password_file"): "has no effect: SQLite has no password",
 }
 
 
@@ -265,7 +286,7 @@ def _not_yet(config: Config) -> Iterator[Problem]:
         section: Any = getattr(config, str(key[0]))
         value = getattr(section, str(key[1]))
         if value != getattr(type(section)(), str(key[1])):
-            yield Problem("warning", key, f"has no effect in this version: {consequence}", "leave it at its default")
+            yield Problem("warning", key, consequence, "do not rely on it")
     if config.telemetry.sink.startswith("mysql:"):
         yield Problem(
             "error",

@@ -61,8 +61,12 @@ class Http(Section):
 
     max_head: Annotated[int, v.size("1KiB", "1MiB")] = option("32KiB", "request line and headers; more is 431")
     max_body: Annotated[int, v.size("1KiB", "1GiB")] = option("8MiB", "request body; more is 413")
-    head_timeout: Annotated[float, v.duration("100ms", "10m")] = option("10s", "first to last byte of a head; slower is 408")
-    body_timeout: Annotated[float, v.duration("100ms", "1h")] = option("30s", "first to last byte of a body; slower is 408")
+    head_timeout: Annotated[float, v.duration("100ms", "10m")] = option(
+        "10s", "first to last byte of a head; slower is 408"
+    )
+    body_timeout: Annotated[float, v.duration("100ms", "1h")] = option(
+        "30s", "first to last byte of a body; slower is 408"
+    )
     keepalive: Annotated[float, v.duration("0s", "1h")] = option("75s", "how long an idle client connection is kept")
     trusted_proxies: tuple[Annotated[str, BeforeValidator(v.parse_network)], ...] = option(
         ["127.0.0.0/8", "::1", "unix"],
@@ -84,7 +88,7 @@ class Auth(Section):
     secret_file: Path = option("/etc/proxyd/jwt.secret", "the HS256 secret, at least 32 bytes, not readable by others")
     secret_env: EnvName = option("", "instead: the environment variable that holds it")
     jwks_file: Path = option("", "the public keys for RS256 and ES256, a JWK set")
-    jwks_url: str = option("", "instead: where to fetch them")
+    jwks_url: Annotated[str, BeforeValidator(v.http_url_or_none)] = option("", "instead: where to fetch them")
     allowed_origins: tuple[Annotated[str, BeforeValidator(v.web_origin)], ...] = option(
         [], "origins whose pages may use the cookie (CORS with credentials); empty is same origin only", lists=True
     )
@@ -159,7 +163,9 @@ class UpstreamConfig(Section):
     idle_expiry: Annotated[float, v.duration("0s", "1h")] = option("60s", "how long an idle connection is kept")
     max_age: Annotated[float, v.duration("1s", "24h")] = option("1h", "a connection older than this is not used again")
     connect_timeout: Annotated[float, v.duration("10ms", "5m")] = option("3s", "name, TCP and TLS together")
-    first_byte_timeout: Annotated[float, v.duration("10ms", "1h")] = option("60s", "request sent to the answer's first byte")
+    first_byte_timeout: Annotated[float, v.duration("10ms", "1h")] = option(
+        "60s", "request sent to the answer's first byte"
+    )
     idle_timeout: Annotated[float, v.duration("10ms", "1h")] = option("60s", "the longest silence within an answer")
     total_timeout: Annotated[float, v.duration("10ms", "24h")] = option("10m", "request sent to the answer's last byte")
     source_addresses: tuple[Annotated[str, BeforeValidator(v.parse_address)], ...] = option(
@@ -186,24 +192,40 @@ class ModelConfig(Section):
 class Stream(Section):
     """How one answer is relayed."""
 
-    heartbeat: Annotated[float, v.duration("1s", "10m")] = option("15s", "a comment line when the upstream is silent this long")
-    buffer: Annotated[int, v.size("16KiB", "64MiB")] = option("256KiB", "held for a client that does not read; then its upstream waits")
-    turn_bytes: Annotated[int, v.size("4KiB", "1MiB")] = option("64KiB", "what one stream may relay before others get their turn")
-    slow_client_timeout: Annotated[float, v.duration("1s", "1h")] = option("60s", "a client that takes nothing for this long is dropped")
+    heartbeat: Annotated[float, v.duration("1s", "10m")] = option(
+        "15s", "a comment line when the upstream is silent this long"
+    )
+    buffer: Annotated[int, v.size("16KiB", "64MiB")] = option(
+        "256KiB", "held for a client that does not read; then its upstream waits"
+    )
+    turn_bytes: Annotated[int, v.size("4KiB", "1MiB")] = option(
+        "64KiB", "what one stream may relay before others get their turn"
+    )
+    slow_client_timeout: Annotated[float, v.duration("1s", "1h")] = option(
+        "60s", "a client that takes nothing for this long is dropped"
+    )
 
 
 class Telemetry(Section):
     """Where the row of each transaction goes."""
 
     sink: Annotated[str, BeforeValidator(v.sink_url)] = option(
-        "sqlite:////var/lib/proxyd/telemetry.db", "sqlite:////absolute/path or sqlite:///path under server.state_dir", reload="restart"
+        "sqlite:////var/lib/proxyd/telemetry.db",
+        "sqlite:////absolute/path, or sqlite:///path from the working directory",
+        reload="restart",
     )
     password_file: Path = option("", "the database password, not readable by others", reload="restart")
     linger: Annotated[float, v.duration("0s", "10s")] = option("20ms", "how long a group of rows waits for company")
     batch_rows: Annotated[int, v.whole(1, 100_000)] = option(1000, "rows in one group at most")
-    durability: Literal["row", "second", "os"] = option("second", "when a spooled row is on disk: each row, each second, when the kernel likes")
-    spool_max: Annotated[int, v.size("16MiB", "64TiB")] = option("4GiB", "bytes that may wait; at it billable requests get 503")
-    retention: Annotated[float, v.duration("0s", "3650d")] = option("90d", "how long rows are kept; 0s keeps them for ever")
+    durability: Literal["row", "second", "os"] = option(
+        "second", "when a spooled row is on disk: each row, each second, when the kernel likes"
+    )
+    spool_max: Annotated[int, v.size("16MiB", "64TiB")] = option(
+        "4GiB", "bytes that may wait; at it billable requests get 503"
+    )
+    retention: Annotated[float, v.duration("0s", "3650d")] = option(
+        "90d", "how long rows are kept; 0s keeps them for ever"
+    )
 
 
 class Monitoring(Section):
@@ -220,7 +242,9 @@ class Monitoring(Section):
 class LogOptions(Section):
     """What is written, where, in which form."""
 
-    access: Annotated[str, BeforeValidator(v.access_target)] = option("stdout", "the access log: stdout, off or an absolute path")
+    access: Annotated[str, BeforeValidator(v.access_target)] = option(
+        "stdout", "the access log: stdout, off or an absolute path"
+    )
     format: Literal["json", "text"] = option("json", "one JSON object a line, or text for people")
     level: Literal["debug", "info", "warning", "error"] = option("info", "the least important event that is written")
 
@@ -268,26 +292,18 @@ class Config(Section):
         return self._model_by_name.get(name) or self._model_by_name.get("*")
 
     @property
-    def sqlite_path(self) -> str:
-        """The telemetry database's file; a relative one lies in server.state_dir. "" when the sink is no SQLite."""
-        if not self.telemetry.sink.startswith("sqlite:///"):
-            return ""
-        path = self.telemetry.sink.removeprefix("sqlite:///")
-        return path if path.startswith("/") else f"{self.server.state_dir}/{path}"
-
-    @property
     def file(self) -> str:
         """The file that it was read from, for messages."""
         return self._origin[0]
 
     def line_of(self, *path: str | int) -> int:
-        """The line of an option in its file, or of what encloses it; 0 when the file does not mention it."""
+        """The line of an option in its file, or of what encloses it; 1 when the file does not mention it."""
         lines = self._origin[1]
         for length in range(len(path), 0, -1):
             line = lines.get(path[:length])
             if line is not None:
                 return line
-        return 0
+        return 1
 
     def remember_origin(self, file: str, lines: dict[tuple[str | int, ...], int]) -> None:
         """Called once, by load.py: where each key path stands."""

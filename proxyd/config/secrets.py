@@ -25,7 +25,7 @@ from proxyd.errors import Finding
 
 # HS256 wants a key as long as its hash: RFC 7518, section 3.2. Shorter ones are searched offline from a single token.
 MIN_HMAC_BYTES = 32
-# A secret is a line, a key set a page. Half: no sane file is refused either; twice: a wrong path (a log) is read in full.
+# A secret is a line, a key set a page. Half: no sane file is refused either; twice: a wrong path (a log) is read whole.
 MAX_SECRET_BYTES = 256 * 1024
 _KEY_TYPE = {"RS256": "RSA", "ES256": "EC"}
 

@@ -1,8 +1,8 @@
 """The kinds of value that options hold: durations, sizes, addresses, names, paths; each refuses with a remedy.
 
 Owns: what one value may look like. Must not know: other options, the file, the host.
-Invariants: a validator never repeats a value that may be a secret (paths to keys, URLs with passwords); every refusal is
-a `PydanticCustomError` whose context carries `remedy`.
+Invariants: a validator never repeats a value that may be a secret (paths to keys, URLs with passwords); every refusal
+is a `PydanticCustomError` whose context carries `remedy`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from proxyd.config.units import UnitError, format_duration, format_size, parse_duration, parse_size
@@ -161,10 +161,19 @@ def absolute_path(value: Any) -> str:
 
 
 def environment_name(value: Any) -> str:
-    """The name of an environment variable, or "". The value is never repeated: someone will put the secret itself here."""
+    """The name of an environment variable, or "". The value is never repeated: someone will put the secret here."""
     if not isinstance(value, str) or (value and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", value) is None):
-        refuse("is not the name of an environment variable (its value is not shown)", "write a name such as OPENAI_API_KEY")
+        refuse(
+            "is not the name of an environment variable (its value is not shown)", "write a name such as OPENAI_API_KEY"
+        )
     return value
+
+
+def parse_percentile(value: Any) -> float:
+    """A share between 0 and 1, both excluded."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        refuse("is not a share between 0 and 1", "write 0.99 for the 99th percentile")
+    return float(value)
 
 
 def one_or_list(value: Any) -> Any:
@@ -212,6 +221,11 @@ def http_url(value: Any) -> str:
     return value.rstrip("/")
 
 
+def http_url_or_none(value: Any) -> str:
+    """An `http_url`, or "" for none."""
+    return "" if value == "" else http_url(value)
+
+
 def web_origin(value: Any) -> str:
     """An origin as a browser sends it: scheme://host[:port], lower-cased."""
     if isinstance(value, str) and re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)(:\d{1,5})?", value):
@@ -220,7 +234,7 @@ def web_origin(value: Any) -> str:
 
 
 def sink_url(value: Any) -> str:
-    """Where telemetry rows go: sqlite:////abs/path, sqlite:///relative or mysql://...; never repeated, it may hold a password."""
+    """Where telemetry rows go; never repeated, since a mysql:// URL may hold a password."""
     remedy = 'write "sqlite:////var/lib/proxyd/telemetry.db" (four slashes before an absolute path)'
     if not isinstance(value, str):
         refuse("must be a URL in a string", remedy)
@@ -267,4 +281,4 @@ ModelName = Annotated[str, named(r"\*|[!-~]{1,128}", '1 to 128 visible ASCII cha
 ModelNameOrNone = Annotated[str, named(r"[!-~]{0,128}", "up to 128 visible ASCII characters")]
 Path = Annotated[str, BeforeValidator(absolute_path)]
 EnvName = Annotated[str, BeforeValidator(environment_name)]
-Percentile = Annotated[float, Field(gt=0, lt=1)]
+Percentile = Annotated[float, BeforeValidator(parse_percentile)]
