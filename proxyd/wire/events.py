@@ -19,7 +19,7 @@ import orjson
 
 
 def content(epoch: int, n: int, payload: Mapping[str, Any]) -> bytes:
-    """A content frame, such as {"delta": "text"}; `n` counts from 1 without gaps in `epoch`, an unsigned 32-bit number."""
+    """A content frame, such as {"delta": "text"}; `n` counts from 1 without gaps in `epoch` (32 bits)."""
     return b"id: %08x-%d\ndata: %b\n\n" % (epoch, n, _to_json(payload))
 
 
@@ -60,7 +60,7 @@ def start(
     task_id: str | None = None,
     retry_ms: int | None = None,
 ) -> bytes:
-    """The first frame. `first` is the number the content goes on from (`from` on the wire), `head` the newest there is."""
+    """The first frame. `first` (`from` on the wire): where the content goes on; `head`: the newest number there is."""
     fields: dict[str, Any] = {"request_id": request_id, "model": model}
     if task_id is not None:
         fields["task_id"] = task_id

@@ -39,7 +39,7 @@ _MAX_SIZE = 2**63 - 1
 
 
 class FramingError(Exception):
-    """The body cannot be read on. `status`: 400 malformed, 413 too large; `payload`: what the feed had yielded before."""
+    """The body cannot be read on. `status`: 400 malformed, 413 too large; `payload`: what came before the fault."""
 
     def __init__(self, status: int, reason: str, payload: bytes = b"") -> None:
         super().__init__(status, reason)

@@ -130,7 +130,7 @@ def members(data: bytes) -> list[tuple[int, int, int, int]]:
 
 
 def _value_end(data: bytes, at: int) -> int:
-    """Index of the comma or bracket that ends the member value at `at`, or of the end of data; -1: an endless string."""
+    """Index of the comma or bracket that ends the value at `at`, or of the end of data; -1: an endless string."""
     depth = 0
     while (token := _STRUCTURE.search(data, at)) is not None:
         byte = token[0]

@@ -47,6 +47,9 @@ class Splitter:
 
     With a `watch` only events that may matter are reported: the first, `[DONE]`, the name `error`, data that is no JSON
     object, and what the watch finds. A block with an `error` field is always reported, with that field's value as data.
+
+    What on_event raises leaves feed(), and the splitter must not be used after that. Where hold_bytes is not under
+    max_event_bytes no byte may pass unseen (a translation), so a larger event raises ValueError.
     """
 
     __slots__ = (
@@ -99,6 +102,7 @@ class Splitter:
             if at == len(data) and end[0] == b"\r":
                 self._pending_cr = b"\n" if forwarded else b""
         self._take_part(data[at:])
+        self._refuse_unseen()
         if self._released or len(self._held) > self.hold_bytes or self._is_oversize():
             self._release()
         out = b"".join(self._out)
@@ -140,6 +144,10 @@ class Splitter:
     def _is_oversize(self) -> bool:
         return self._unit_bytes > self.max_event_bytes
 
+    def _refuse_unseen(self) -> None:
+        if self._is_oversize() and self.hold_bytes >= self.max_event_bytes:
+            raise ValueError(f"an event of more than {self.max_event_bytes} bytes, none of which may pass unseen")
+
     def _release(self) -> None:
         if self._held:
             self._out.append(bytes(self._held))
@@ -177,6 +185,7 @@ class Splitter:
         self._line_bytes = 0
         self._unit_bytes += 1
         self._held += end
+        self._refuse_unseen()
         if self._first_line:
             self._first_line = False
             if line.startswith(_BOM):
