@@ -1,0 +1,1 @@
+"""The telemetry store: where finished transactions live, and the questions asked of them."""

@@ -1,0 +1,260 @@
+"""The SQLite sink: one file, WAL mode, one writing connection in one thread.
+
+Owns: the connection, its pragmas, the schema's creation and check, SQL in SQLite's dialect. Must not know: spool files, metrics.
+Invariants: a `Batch` is one IMMEDIATE transaction; the file is created with mode 0600; nothing here blocks an event loop
+(each call runs in the store's own thread, at most `BUSY_TIMEOUT_S` longer than the disk takes).
+
+Durability: spool segments are removed once their rows are committed here, so the store must never be weaker than the spool.
+  telemetry.durability  row, second -> synchronous=FULL (one sync of the WAL a commit, at most 1/linger a second, in this thread)
+                        os          -> synchronous=NORMAL (power loss may undo the last commits, never damages the file;
+                                       OFF could damage it, and saves nothing that NORMAL does not)
+Source: sqlite.org/wal.html, sqlite.org/pragma.html#pragma_synchronous (read for 3.40).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from proxyd.store.schema import (
+    COLUMNS,
+    SCHEMA_VERSION,
+    SQLITE_DDL,
+    Batch,
+    Cursor,
+    OpenTransaction,
+    Row,
+    SetAside,
+    StoreError,
+    StoreMisfit,
+    StoreMissing,
+    utc_text,
+)
+
+T = TypeVar("T")
+
+# How long SQLite itself waits for another process's write lock. Ten times more would hold a shutdown past its deadline;
+# ten times less turns every backup into retries and log lines.
+BUSY_TIMEOUT_S = 1.0
+_SYNCHRONOUS = {"row": "FULL", "second": "FULL", "os": "NORMAL"}
+# "proxd" in ASCII, cut to 32 bits: marks the file as ours for file(1) and for the check below.
+_APPLICATION_ID = 0x70786400
+_INSERT = f"INSERT INTO sys_ai_transactions ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
+_CREATED_AT = COLUMNS.index("created_at")
+# What SQLite or its binding says about one row's values, as opposed to the database's state.
+_ROW_FAULTS = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, OverflowError, ValueError)
+
+
+def _values(row: Row) -> tuple[Any, ...]:
+    """The row as SQLite takes it: the time as UTC text."""
+    return (*row[:_CREATED_AT], utc_text(row.created_at), *row[_CREATED_AT + 1 :])
+
+
+class SqliteStore:
+    """The writing side; implements `schema.Store`. One task uses it at a time."""
+
+    __slots__ = ("_connection", "_path", "_synchronous", "_thread")
+
+    def __init__(self, path: Path, durability: str) -> None:
+        self._path = path
+        self._synchronous = _SYNCHRONOUS[durability]
+        self._connection: sqlite3.Connection | None = None
+        self._thread = ThreadPoolExecutor(1, "store")
+
+    async def open(self) -> None:
+        await self._run(self._open)
+
+    async def cursors(self) -> dict[str, Cursor]:
+        return await self._run(self._cursors)
+
+    async def open_transactions(self) -> list[OpenTransaction]:
+        return await self._run(self._open_transactions)
+
+    async def commit(self, batch: Batch, set_aside: SetAside) -> int:
+        return await self._run(lambda: self._commit(batch, set_aside))
+
+    async def holds(self, row: Row) -> bool:
+        return await self._run(lambda: self._holds(row))
+
+    async def delete_older(self, cutoff: float, limit: int) -> int:
+        return await self._run(lambda: self._delete_older(cutoff, limit))
+
+    async def close(self) -> None:
+        await self._run(self._close)
+        self._thread.shutdown(wait=False)
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        """Runs in the store's thread; every driver error becomes a StoreError that names the file."""
+
+        def guarded() -> T:
+            try:
+                return work()
+            except sqlite3.Error as error:
+                raise StoreError(f"{self._path}: {error}") from error
+            except OSError as error:
+                raise StoreError(str(error)) from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, guarded)
+
+    def _open(self) -> None:
+        self._close()
+        if not self._path.parent.is_dir():
+            raise StoreError(
+                f"{self._path.parent}: no such directory; create it for the user that runs proxyd, or change telemetry.sink"
+            )
+        # Created by us first, so that the mode does not depend on the umask; WAL and shm files copy it.
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        connection = sqlite3.connect(
+            self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=32
+        )
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+            _ensure_schema(connection, self._path)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+
+    def _live(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise StoreError(f"{self._path}: not open")
+        return self._connection
+
+    def _cursors(self) -> dict[str, Cursor]:
+        found = self._live().execute("SELECT stream, segment, position, finished FROM sys_ai_spool_offsets")
+        return {stream: Cursor(stream, segment, position, bool(end)) for stream, segment, position, end in found}
+
+    def _open_transactions(self) -> list[OpenTransaction]:
+        found = self._live().execute("SELECT stream, txn, intent, checkpoint FROM sys_ai_spool_open")
+        return [OpenTransaction(*columns) for columns in found]
+
+    def _commit(self, batch: Batch, set_aside: SetAside) -> int:
+        connection = self._live()
+        refused: list[tuple[Row, str]] = []
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                # One prepared statement stepped for each row: in SQLite this is what a multi-row INSERT is elsewhere.
+                connection.execute("SAVEPOINT together")
+                connection.executemany(_INSERT, map(_values, batch.rows))
+            except _ROW_FAULTS:
+                connection.execute("ROLLBACK TO together")
+                refused = _insert_singly(connection, batch.rows)
+                set_aside(refused)
+            _write_bookkeeping(connection, batch)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        return len(refused)
+
+    def _holds(self, row: Row) -> bool:
+        found = self._live().execute(
+            "SELECT 1 FROM sys_ai_transactions WHERE user_id = ? AND created_at = ? AND request_id = ? LIMIT 1",
+            (row.user_id, utc_text(row.created_at), row.request_id),
+        )
+        return found.fetchone() is not None
+
+    def _delete_older(self, cutoff: float, limit: int) -> int:
+        return (
+            self._live()
+            .execute(
+                "DELETE FROM sys_ai_transactions WHERE transaction_id IN"
+                " (SELECT transaction_id FROM sys_ai_transactions WHERE created_at < ? ORDER BY created_at LIMIT ?)",
+                (utc_text(cutoff), limit),
+            )
+            .rowcount
+        )
+
+    def _close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+
+class SqliteReader:
+    """The reading side; implements `schema.Reader`, in any process, whether the daemon runs or not. Blocking."""
+
+    __slots__ = ("_connection", "_path")
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise StoreMissing(f"{path}: no telemetry store there yet")
+        self._path = path
+        try:
+            self._connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT_S)
+            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        except sqlite3.Error as error:
+            raise StoreError(f"{path}: {error}") from error
+        if version == 0:
+            raise StoreMissing(f"{path}: holds no telemetry yet")
+        _check_version(version, path)
+
+    def fetch(self, sql: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        try:
+            return self._connection.execute(sql, params).fetchall()
+        except sqlite3.Error as error:
+            raise StoreError(f"{self._path}: {error}") from error
+
+    def timestamp(self, seconds: float) -> str:
+        return utc_text(seconds)
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _insert_singly(connection: sqlite3.Connection, rows: Sequence[Row]) -> list[tuple[Row, str]]:
+    """Inserts what can be inserted; returns the rest with the reason."""
+    refused: list[tuple[Row, str]] = []
+    for row in rows:
+        try:
+            connection.execute(_INSERT, _values(row))
+        except _ROW_FAULTS as error:
+            refused.append((row, f"{type(error).__name__}: {error}"))
+    return refused
+
+
+def _write_bookkeeping(connection: sqlite3.Connection, batch: Batch) -> None:
+    """Cursors and open transactions, inside the caller's transaction."""
+    connection.executemany("INSERT OR REPLACE INTO sys_ai_spool_offsets VALUES (?, ?, ?, ?)", batch.cursors.values())
+    connection.executemany("INSERT OR REPLACE INTO sys_ai_spool_open VALUES (?, ?, ?, ?)", batch.carried)
+    connection.executemany("DELETE FROM sys_ai_spool_open WHERE stream = ? AND txn = ?", batch.closed)
+    for table in ("sys_ai_spool_open", "sys_ai_spool_offsets"):
+        connection.executemany(f"DELETE FROM {table} WHERE stream = ?", [(stream,) for stream in batch.forgotten])
+
+
+def _ensure_schema(connection: sqlite3.Connection, path: Path) -> None:
+    """Creates the tables in an empty database; refuses one of another version or with other tables under our names."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            taken = connection.execute("SELECT name FROM sqlite_master WHERE name LIKE 'sys_ai_%'").fetchall()
+            if taken:
+                raise StoreMisfit(
+                    f"{path}: has a table {taken[0][0]} that proxyd did not make; name another file in telemetry.sink"
+                )
+            for statement in SQLITE_DDL:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        _check_version(version or SCHEMA_VERSION, path)
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _check_version(version: int, path: Path) -> None:
+    if version != SCHEMA_VERSION:
+        raise StoreMisfit(
+            f"{path}: schema version {version}, this proxyd knows {SCHEMA_VERSION}; use the proxyd that wrote it, or another file"
+        )

@@ -1,0 +1,1 @@
+"""Telemetry: every transaction becomes exactly one row, whatever dies on the way."""
