@@ -1,0 +1,165 @@
+"""argv to action: the one place that knows which commands there are.
+
+Owns: the arguments, `--version`, which module runs a command. Must not know: how a command works. A command's module
+is imported when it is asked for: `proxyd --version` needs no event loop and `proxyd status` no JWT library.
+Exit codes: 0 done, 1 the configuration has errors (or the command failed), 2 the arguments or the file cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import platform
+import ssl
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from proxyd import __version__
+from proxyd.config.units import UnitError, parse_duration
+
+DEFAULT_FILE = "/etc/proxyd/proxyd.toml"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the process's exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    _refuse_strays(parser, args)
+    if args.version:
+        print(version_text())
+        return 0
+    if args.command is not None:
+        return _command(f"proxyd.cli.{args.command}")(args)
+    if args.demo:
+        return _command("proxyd.cli.demo")(args)
+    if args.check_config:
+        return _check(args)
+    return _serve(args.config, os.environ)
+
+
+def version_text() -> str:
+    """One line: proxyd and what it stands on."""
+    return (
+        f"proxyd {__version__} (uvloop {_version('uvloop')}, aiohttp {_version('aiohttp')}, "
+        f"{ssl.OPENSSL_VERSION}, Python {platform.python_version()})"
+    )
+
+
+def _version(package: str) -> str:
+    """A package's version without importing it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _parser() -> argparse.ArgumentParser:
+    file = argparse.ArgumentParser(add_help=False)
+    # SUPPRESS: a command's own parser must not put the default over a -c that stood before the command.
+    file.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS, help=f"default: {DEFAULT_FILE}")
+
+    parser = argparse.ArgumentParser(
+        prog="proxyd",
+        description="A streaming proxy daemon for language-model APIs. Without a command it runs in the foreground.",
+        parents=[file],
+    )
+    parser.set_defaults(config=DEFAULT_FILE)
+    parser.add_argument("--version", action="store_true", help="print the versions of proxyd and what it stands on")
+    parser.add_argument("--demo", action="store_true", help="run without a file, a key or a server, with a chat page")
+    parser.add_argument("--port", type=_port, metavar="N", help="with --demo: the page's port")
+    parser.add_argument("--check-config", action="store_true", help="check the file, its secrets and directories")
+    parser.add_argument("--json", action="store_true", help="with --check-config: print JSON")
+    parser.add_argument("--probe", action="store_true", help="with --check-config: not available in this version")
+
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    status = commands.add_parser("status", parents=[file], help="the state of the running daemon")
+    status.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+
+    token = commands.add_parser("token", parents=[file], help="mint a session token with the configured secret")
+    token.add_argument("--user", type=_count, required=True, metavar="ID", help="the user's number: the claim sub")
+    token.add_argument("--tenant", default="default", metavar="T", help="default: %(default)s")
+    token.add_argument("--quota", type=_count, metavar="N", help="tokens it may spend; default: no limit")
+    token.add_argument("--ttl", type=_duration, default="1h", metavar="D", help="lifetime; default: %(default)s")
+
+    usage = commands.add_parser("usage", parents=[file], help="a user's token totals out of the telemetry store")
+    usage.add_argument("--user", type=_count, required=True, metavar="ID", help="the user's number")
+    usage.add_argument("--window", type=_duration, default="24h", metavar="D", help="default: %(default)s")
+    return parser
+
+
+def _refuse_strays(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with exit 2 where options were given that mean nothing together; silence would promise an effect."""
+    modes = [name for name in ("version", "demo", "check_config") if getattr(args, name)]
+    if len(modes) > 1 or (modes and args.command is not None):
+        named = [f"--{name.replace('_', '-')}" for name in modes] + ([args.command] if args.command else [])
+        parser.error(f"{' and '.join(named)} do not go together")
+    if args.port is not None and not args.demo:
+        parser.error("--port needs --demo; the ports of a configuration are in server.listen")
+    if args.probe and not args.check_config:
+        parser.error("--probe needs --check-config")
+    if args.json and not args.check_config and args.command != "status":
+        parser.error("--json needs --check-config or status")
+
+
+def _command(module: str) -> Callable[[argparse.Namespace], int]:
+    """The `run` of a command's module."""
+    run: Callable[[argparse.Namespace], int] = importlib.import_module(module).run
+    return run
+
+
+def _check(args: argparse.Namespace) -> int:
+    from proxyd.cli import check
+
+    if args.probe:
+        print("proxyd: --probe is not available in this version; nothing was checked; leave it off", file=sys.stderr)
+        return check.UNREADABLE
+    return check.run(args.config, as_json=args.json)
+
+
+def _serve(path: str, environ: Mapping[str, str]) -> int:
+    """The daemon itself, in the foreground."""
+    from proxyd.cli import check
+
+    try:
+        report = check.examine(path, environ)
+    except OSError as error:
+        print(f"proxyd: cannot read {path}: {error.strerror}; name a file: -c FILE, or try --demo", file=sys.stderr)
+        return check.UNREADABLE
+    for finding in report.findings:
+        print(finding.text(), file=sys.stderr)
+    if report.config is None or report.secrets is None:
+        print(f"proxyd: not started: {report.errors} error(s) in {path}", file=sys.stderr)
+        return check.ERRORS
+
+    from proxyd.cli.serve import run
+    from proxyd.log import Log
+
+    config = report.config
+    try:
+        log = Log(level=config.log.level, format=config.log.format, access=config.log.access, process="master")
+    except OSError as error:
+        print(f"proxyd: cannot open {config.log.access}: {error.strerror}", file=sys.stderr)
+        return check.ERRORS
+    return run(config, report.secrets, log)
+
+
+def _port(text: str) -> int:
+    if text.isascii() and text.isdigit() and int(text) <= 65535:
+        return int(text)
+    raise argparse.ArgumentTypeError("write a number from 0 to 65535")
+
+
+def _count(text: str) -> int:
+    """A whole number that fits BIGINT UNSIGNED."""
+    if text.isascii() and text.isdigit() and int(text) < 2**64:
+        return int(text)
+    raise argparse.ArgumentTypeError("write a whole number without a sign")
+
+
+def _duration(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except UnitError as error:
+        raise argparse.ArgumentTypeError(f"{error.message}; {error.remedy}") from None
