@@ -1,1 +1,1 @@
-"""Downstream sockets and HTTP: accept, read a request, answer it, hand it on. Imports nothing above dialects and access."""
+"""Downstream sockets and HTTP: accept, read a request, answer it, hand it on."""

@@ -1,7 +1,7 @@
 """Accepts clients on the slot's listeners in bounded batches.
 
-Owns: the readiness of the listeners in this worker, and what happens when descriptors run out. Must not know: HTTP, what
-becomes of an accepted socket. The listeners themselves are the master's: nothing here closes or re-listens them
+Owns: the readiness of the listeners in this worker, and what happens when descriptors run out. Must not know: HTTP,
+what becomes of an accepted socket. The listeners themselves are the master's: nothing here closes or re-listens them
 (`loop.create_server(sock=...)` would call listen() again with its own backlog).
 
 Options: those of the listener (TCP_NODELAY, keep-alive, TCP_USER_TIMEOUT, TCP_NOTSENT_LOWAT; `host.sockets`) are

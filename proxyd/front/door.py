@@ -148,7 +148,7 @@ class Door:
             self._web(conn, request)
         else:
             conn.reply(204, self._preflight(request), b"")
-            self.record_refusal(conn, request.head, 204)
+            self.record_refusal(conn, request.head, 204, request.request_id)
 
     def check(self, head: RequestHead) -> None:
         """Refuses, before its body is read, what no body could make right. Raises Refusal."""
@@ -186,11 +186,11 @@ class Door:
             self._date = replies.http_date(second)
         return self._date
 
-    def record_refusal(self, conn: ClientConnection, head: RequestHead | None, status: int) -> None:
+    def record_refusal(self, conn: ClientConnection, head: RequestHead | None, status: int, request_id: str) -> None:
         """Reports an answer that the front itself gave."""
         self.record(
             Answered(
-                request_id=conn.request_id,
+                request_id=request_id,
                 route="front",
                 method=head.method if head is not None else "",
                 path=head.path if head is not None else "",

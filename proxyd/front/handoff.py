@@ -12,9 +12,9 @@ nginx mixes relay and web requests on one upstream connection, so a connection t
 web request would answer the next relay request from the wrong server.
 
 Invariants
-- The web side sees exactly one complete request, framed by our strict reader: its body has a Content-Length whatever the
-  client used, `Expect` was answered already, and nothing that follows reaches it. Only after an accepted WebSocket upgrade
-  does it read the socket's own bytes.
+- The web side sees exactly one complete request, framed by our strict reader: its body has a Content-Length whatever
+  the client used, `Expect` was answered already, and nothing that follows reaches it. Only for a WebSocket does it read
+  the socket's own bytes.
 - Every handed connection ends in exactly one of take_back() and handover_ended().
 """
 
@@ -80,7 +80,7 @@ class Handoff:
         self, conn: ClientConnection, request: Request, may_keep: bool, sock: socket.socket, protocol: HandedProtocol
     ) -> None:
         try:
-            await self._loop.connect_accepted_socket(lambda: protocol, sock)  # type: ignore[arg-type,type-var]
+            await self._loop.connect_accepted_socket(lambda: protocol, sock)  # type: ignore[type-var]
         except OSError as error:
             # The peer reset it between two callbacks of ours.
             self._log.debug("handover_failed", request_id=request.request_id, error=str(error))
@@ -98,7 +98,7 @@ def _come_back(conn: ClientConnection, descriptor: socket.socket | None, rest: b
 
 
 def is_websocket(request: Request) -> bool:
-    """Whether the request asks for a WebSocket; other upgrades (h2c, say) are ignored as RFC 9110 section 7.8 allows."""
+    """Whether the request asks for a WebSocket; other upgrades (h2c, say) are ignored (RFC 9110 section 7.8)."""
     return request.head.upgrade and (request.head.get(b"upgrade") or b"").lower() == b"websocket"
 
 

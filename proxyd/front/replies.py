@@ -18,9 +18,10 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import Literal
 
+from proxyd.errors import Refusal
 from proxyd.wire.head import Headers, Version
 
-__all__ = ["CONTINUE", "Framing", "http_date", "json_headers", "relay_head", "reply_bytes", "text_headers"]
+__all__ = ["CONTINUE", "Framing", "http_date", "json_headers", "refusal_headers", "relay_head", "reply_bytes"]
 
 Framing = int | Literal["chunked", "close", "none"]
 
@@ -56,9 +57,10 @@ def json_headers() -> Headers:
     return [(b"content-type", b"application/json")]
 
 
-def text_headers() -> Headers:
-    """Headers of a plain text answer of ours."""
-    return [(b"content-type", b"text/plain; charset=utf-8")]
+def refusal_headers(refusal: Refusal) -> Headers:
+    """Headers of an error of ours."""
+    extra = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in refusal.headers]
+    return json_headers() + extra
 
 
 def reply_bytes(
@@ -110,9 +112,9 @@ def relay_head(
     """The head of a relayed answer.
 
     `upstream_headers` have lower-case names; what may travel travels in its order with its value untouched
-    (rate limits, retry-after*, content-type, content-encoding, request ids). `extra` (CORS, say) replaces fields of the
-    same name, except `vary`, which adds up. "close" and "chunked" are the caller's choice by `version`; with "close" the
-    connection cannot be kept, whatever `keep_alive` says.
+    (rate limits, retry-after*, content-type, content-encoding, request ids). `extra` (CORS, say) replaces fields of
+    the same name, except `vary`, which adds up. "close" or "chunked" is the caller's choice by `version`; with "close"
+    the connection cannot be kept, whatever `keep_alive` says.
     """
     added = [(name.lower(), value) for name, value in extra]
     replaced = {name for name, _ in added if name != b"vary"}

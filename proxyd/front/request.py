@@ -18,10 +18,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from proxyd.errors import Refusal
+from proxyd.ids import is_request_id, new_request_id
 from proxyd.wire.framing import BodyReader, FramingError
 from proxyd.wire.head import HeadError, RequestHead, find_head_end, parse_request_head
 
-__all__ = ["Request", "RequestReader"]
+__all__ = ["Request", "RequestReader", "choose_request_id"]
 
 _CODES = {
     400: "bad_request",
@@ -33,8 +34,8 @@ _CODES = {
     505: "http_version_not_supported",
 }
 
-# The first byte of a method (RFC 9110 section 5.6.2, as upper-case letters: all methods we know). A TLS hello or another
-# protocol on this port gets its 400 at once instead of a 408 after head_timeout. CR: an empty line before the request.
+# The first byte of a method, as far as we know any. A TLS hello or another protocol on this port gets its 400 at once
+# instead of a 408 after head_timeout. CR: an empty line before the request.
 _FIRST_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz\r")
 
 
@@ -49,6 +50,15 @@ class Request:
     trusted: bool
     secure: bool
     received_at: float
+
+
+def choose_request_id(head: RequestHead, is_trusted: bool) -> str:
+    """The `X-Request-Id` of a trusted proxy where it sent a usable one, else a new id."""
+    if is_trusted:
+        given = head.get(b"x-request-id")
+        if given is not None and is_request_id(given):
+            return given.decode("ascii")
+    return new_request_id()
 
 
 def _refusal(status: int, reason: str) -> Refusal:

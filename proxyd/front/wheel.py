@@ -53,7 +53,7 @@ class Wheel:
         return sum(len(bucket) for bucket in self._buckets.values())
 
     def add(self, obj: Timed, deadline: float) -> None:
-        """Arms `obj`, or moves its deadline. Cost: an attribute write when it moves later, two set operations if not."""
+        """Arms `obj`, or moves its deadline. Cost: an attribute write when it moves later, else two set operations."""
         obj.deadline = deadline
         if deadline == NEVER:
             return
@@ -70,7 +70,7 @@ class Wheel:
         self._unpark(obj)
 
     def tick(self, now: float) -> int:
-        """Fires what is due and parks again what moved; returns how many fired. An object may re-arm itself meanwhile."""
+        """Fires what is due and parks again what moved; returns how many fired. Callbacks may arm and cancel."""
         due = int(now / self._granularity_s)
         fired = 0
         while self._cursor < due:

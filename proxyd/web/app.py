@@ -1,7 +1,7 @@
 """The web application: health, readiness, the model list, and the chat page.
 
-Owns: the table of web routes and the shape of every answer given here (ids, errors, headers). Must not know: sockets, the
-relay, how a session is checked: `WebContext` brings callables.
+Owns: the table of web routes and the shape of every answer given here (ids, errors, headers). Must not know: sockets,
+the relay, how a session is checked: `WebContext` brings callables.
 
 Invariants: every answer carries X-Proxyd-Request-Id and X-Request-Id; errors have the shape of `dialects.errors`; no
 answer names aiohttp or Python; one access record an answer.
@@ -32,7 +32,7 @@ __all__ = ["Readiness", "WebContext", "WebServer", "make_app"]
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether this node should get new requests. reason: one word or short phrase; details: what a person wants to know."""
+    """Whether this node should get new requests: why not, in a short phrase, and what a person wants to know."""
 
     ready: bool
     reason: str = "ready"
@@ -109,10 +109,11 @@ class WebServer:
 
     def make_protocol(self, request: Request, may_keep: bool, kept: bytes, on_end: OnEnd) -> HandedRequestHandler:
         """The factory that `front.handoff.Handoff` takes."""
-        assert self._loop is not None and self._runner is not None and self._runner.server is not None, "start() first"
-        return HandedRequestHandler(
-            self._runner.server, self._loop, request, may_keep, kept, on_end, self._context.max_head
-        )
+        server = self._runner.server if self._runner is not None else None
+        loop = self._loop
+        assert server is not None, "start() first"
+        assert loop is not None, "start() first"
+        return HandedRequestHandler(server, loop, request, may_keep, kept, on_end, self._context.max_head)
 
 
 @web.middleware
@@ -155,8 +156,7 @@ async def _respond(
         if refused.status == 404:
             return _refuse(front, _unknown(front))
         return _refuse(front, Refusal(max(refused.status, 400), "bad_request", refused.reason))
-    except Exception as error:
-        # Here a request ends, not the worker.
+    except Exception as error:  # noqa: BLE001 - here one request ends, not the worker
         context.log.error("web_handler_failed", request_id=front.request_id, error=repr(error))
         return _refuse(front, Refusal(500, "internal_error", "The request could not be served."))
 

@@ -10,8 +10,8 @@ Owns: where aiohttp's RequestHandler is let in and out. Must not know: routes, s
 Closing a transport closes its descriptor without shutdown(2), so the duplicate keeps the connection; what the transport
 still had to write was written before connection_lost(None).
 
-Leans on aiohttp 3.14's RequestHandler (`start()`, `finish_response()`, `_close`, `_upgraded`), which is why the version is
-pinned to its minor; tests/unit/web and tests/daemon notice when it moves.
+Leans on aiohttp 3.14's RequestHandler (`start()`, `finish_response()`, `_close`, `_upgraded`), which is why the version
+is pinned to its minor; tests/unit/web and tests/daemon notice when it moves.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from proxyd.wire.head import MAX_HEADERS
 
 __all__ = ["KEEP_LIMIT_BYTES", "HandedRequestHandler"]
 
-# What a client may send behind the request being answered. uvloop reads up to 256 KB before a pause takes effect; beyond
-# this the connection is closed after its answer instead of being taken back.
+# What a client may send behind the request being answered. uvloop reads up to 256 KB before a pause takes effect;
+# beyond this the connection is closed after its answer instead of being taken back.
 KEEP_LIMIT_BYTES = 512 * 1024
 
 
