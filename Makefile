@@ -1,0 +1,71 @@
+# What a developer does with proxyd. Every target may be repeated; none needs more than a Debian 12 and, for `test`, root
+# when packages are missing.
+#   make run      the demo: http://127.0.0.1 with a chat page, no key and no server needed
+#   make test     lint, types, every test; what .ci/run runs
+#   make build    the compiled modules, beside the sources
+#   make dist     sdist and wheel in dist/
+#   make lint     ruff and mypy alone
+#   make bench    the benchmarks
+#   make lock     requirements-test.lock from what is installed in .venv
+#   make clean    everything built (make distclean: .venv, too)
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+ARGS ?=
+
+.PHONY: run test build dist lint types pytest bench lock clean distclean deps help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(INSTALLED): requirements-test.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "proxyd: Python 3.11 or later is needed, this is $$($(PYTHON) -V); set PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "proxyd: the venv module is missing; install it: apt install python3-venv" >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.lock
+	@touch $@
+
+build: $(INSTALLED)
+	@$(PY) setup.py --quiet build_ext --inplace
+
+run: build
+	@exec $(PY) -m proxyd --demo $(ARGS)
+
+deps:
+	@tests/install-deps
+
+test: deps
+	@$(MAKE) --no-print-directory build
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory pytest
+
+lint: build
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+
+pytest: build
+	@$(PY) -m pytest $(ARGS)
+
+bench: build
+	@$(PY) -m bench $(ARGS)
+
+dist: $(INSTALLED)
+	@$(PY) -m build --no-isolation
+
+lock:
+	@{ echo "# What the tests ran with: \`make lock\` writes this from the tested .venv. Names and versions only."; \
+	  $(PY) -m pip freeze --all --exclude-editable | grep -E '^[A-Za-z0-9_.-]+==' \
+	  | grep -viE '^(pip|proxyd)==' | LC_ALL=C sort -f; } > requirements-test.lock.new
+	@mv requirements-test.lock.new requirements-test.lock
+
+clean:
+	@rm -rf build dist ./*.egg-info proxyd/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find proxyd tests ext -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	@rm -rf $(VENV)
