@@ -440,6 +440,10 @@ cdef class Exchange:
         self.check_client()
         return True
 
+    def halt(self):
+        """Stops reading the upstream, whose descriptor may then be closed. end() or close() must follow."""
+        self.stop_upstream()
+
     def end(self, bytes payload not None, bint whole):
         """Stops reading the upstream, sends `payload`, and the end mark when `whole`. on_drained() follows, maybe at once."""
         if self.phase != RUNNING:
@@ -535,7 +539,7 @@ cdef class Exchange:
                     error = errno
                     if error == EAGAIN or error == EINTR:
                         return
-                    self.lose_client(error)
+                    self.lose_client(error, 0)
                     self.check_client()
                     return
                 self.pending_at += size
@@ -571,7 +575,7 @@ cdef class Exchange:
                 error = errno
                 if error == EAGAIN or error == EINTR:
                     return
-            self.lose_client(error)
+            self.lose_client(error, 0)
             self.check_client()
         except Exception as failure:
             self.fail(failure)
@@ -712,7 +716,7 @@ cdef class Exchange:
             if sent < 0:
                 error = errno
                 if error != EAGAIN and error != EINTR:
-                    self.lose_client(error)
+                    self.lose_client(error, total)
                     return 0
                 sent = 0
             else:
@@ -758,7 +762,7 @@ cdef class Exchange:
                 error = errno
                 if error != EAGAIN and error != EINTR:
                     self.prefix = b""
-                    self.lose_client(error)
+                    self.lose_client(error, total)
                     return 0
                 sent = 0
             else:
@@ -827,11 +831,11 @@ cdef class Exchange:
                 self.engine.remove_writer(self.client_fd)
         self.drop_pending()
 
-    cdef lose_client(self, int error):
+    cdef lose_client(self, int error, Py_ssize_t unsent):
         if not self.client_lost:
             self.client_lost = True
             self.client_errno = error
-            self.undelivered = self.pending_size
+            self.undelivered = self.pending_size + unsent
 
     cdef check_client(self):
         """Tells the owner of a lost client, once, when the turn that noticed it is over."""

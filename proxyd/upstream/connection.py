@@ -260,6 +260,11 @@ class Connection:
                 self._eof = True
             return data
 
+    def take_early(self) -> bytes:
+        """Answer bytes read while the request was sent, for a caller that reads on by itself."""
+        data, self._early = self._early, b""
+        return data
+
     def pending(self) -> int:
         """Bytes that recv() can give without the descriptor being readable."""
         if isinstance(self.sock, ssl.SSLSocket) and self.state is not State.CLOSED:

@@ -37,7 +37,7 @@ class Origin:
             raise ValueError(f"upstream {config.name}: the url must be http://host or https://host")
         self.config = config
         self.name: str = config.name
-        self.dialect: str = config.dialect
+        self.dialect = config.dialect
         self.host: str = _ascii_host(url.hostname)
         self.port: int = url.port or _DEFAULT_PORTS[url.scheme]
         self.tls: bool = url.scheme == "https"

@@ -1,0 +1,1 @@
+"""Relaying: from an accepted request to its one, exactly accounted end."""

@@ -1,0 +1,220 @@
+"""The one end of a request: row, ledger, metrics and log line, exactly once.
+
+Owns: what is written where when a request ends, whatever ended it. Must not know sockets, dialects or how it got here.
+
+    Transaction.begin()  -> intent in the spool, before any upstream is contacted
+    .checkpoint(...)     -> counts so far, while it streams
+    .finish(cause, ...)  -> final record, ticket settled or refunded, metrics, access log; later calls do nothing
+
+Invariant: after begin() there is exactly one finish(), or the process died and the spool's reader writes the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from proxyd.access.admission import Ticket
+from proxyd.access.session import Session
+from proxyd.clock import Clock
+from proxyd.dialects.usage import Tally
+from proxyd.log import Log
+from proxyd.relay.instruments import Instruments
+from proxyd.relay.states import Cause, Phase, row_status, transition
+from proxyd.telemetry.record import Checkpoint, Final, Intent
+from proxyd.telemetry.spool import SpoolWriter
+
+__all__ = ["CLIENT_LEFT", "NOTHING_SPENT", "Transaction"]
+
+# The status in log and metric of a request whose client left before any answer, as in nginx's logs.
+CLIENT_LEFT = 499
+NOTHING_SPENT = Tally(0, 0, 0, 0, True)
+
+
+class Transaction:
+    """The accounting of one admitted request."""
+
+    __slots__ = (
+        "_clock", "_instruments", "_log", "_on_finished", "_spool", "_ticket", "_txn", "attempts", "bytes_in",
+        "bytes_out", "created_at", "events", "http_status", "is_stream", "model_id", "model_name", "peer", "phase",
+        "prompt_estimate", "request_id", "reused", "route", "session", "started", "ttft_ms", "upstream",
+        "upstream_status",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        route: str,
+        session: Session,
+        model_name: str,
+        model_id: int,
+        is_stream: bool,
+        peer: str,
+        started: float,
+        prompt_estimate: int,
+        ticket: Ticket,
+        clock: Clock,
+        spool: SpoolWriter,
+        instruments: Instruments,
+        log: Log,
+        on_finished: Callable[[Transaction], None],
+    ) -> None:
+        self.request_id = request_id
+        self.route = route
+        self.session = session
+        self.model_name = model_name
+        self.model_id = model_id
+        self.is_stream = is_stream
+        self.peer = peer
+        self.started = started
+        self.prompt_estimate = prompt_estimate
+        self.phase = Phase.ADMITTED
+        self.created_at = clock.wall()
+        self.upstream = ""
+        self.upstream_status = 0
+        self.http_status = 0
+        self.attempts = 0
+        self.reused = False
+        self.ttft_ms = 0
+        self.events = 0
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self._ticket = ticket
+        self._clock = clock
+        self._spool = spool
+        self._instruments = instruments
+        self._log = log
+        self._on_finished = on_finished
+        self._txn = spool.new_txn()
+
+    def begin(self) -> None:
+        """Writes the intent. The spool flushes at the end of this loop turn, so before anything is sent upstream."""
+        self._spool.intent(
+            Intent(
+                self._txn,
+                self.request_id,
+                self.session.user_id,
+                self.session.tenant,
+                self.model_id,
+                "",
+                self.created_at,
+                self.prompt_estimate,
+            )
+        )
+        if self.is_stream:
+            self._instruments.streams(self.session.tenant, 1)
+
+    def move(self, phase: Phase) -> None:
+        """Enters `phase`; raises for an edge that the table does not have."""
+        self.phase = transition(self.phase, phase)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.phase is Phase.FINISHED
+
+    def first_event(self) -> None:
+        """The first event (or byte) of the answer was relayed."""
+        waited = self._clock.monotonic() - self.started
+        self.ttft_ms = max(1, round(waited * 1000))
+        if self.is_stream:
+            self._instruments.first_event.record(waited)
+
+    def checkpoint(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Counts so far, estimated where the provider has told none."""
+        self._spool.checkpoint(
+            Checkpoint(
+                self._txn,
+                prompt_tokens,
+                completion_tokens,
+                attempts=self.attempts,
+                ttft_ms=self.ttft_ms,
+                duration_ms=self._duration_ms(),
+                upstream=self.upstream,
+            )
+        )
+
+    def finish(self, cause: Cause, answer: str, tally: Tally, *, detail: str = "") -> None:
+        """Ends the request. `answer`: completed, truncated or error, the dialect's word for the content."""
+        if self.phase is Phase.FINISHED:
+            return
+        self.phase = transition(self.phase, Phase.FINISHED)
+        status = row_status(cause, answer)
+        duration_ms = self._duration_ms()
+        self._spool.final(
+            Final(
+                txn=self._txn,
+                user_id=self.session.user_id,
+                model_id=self.model_id,
+                prompt_tokens=tally.prompt_tokens,
+                completion_tokens=tally.completion_tokens,
+                created_at=self.created_at,
+                tenant=self.session.tenant,
+                request_id=self.request_id,
+                status=status,
+                estimated=1 if tally.estimated else 0,
+                cached_tokens=tally.cached_tokens,
+                reasoning_tokens=tally.reasoning_tokens,
+                upstream=self.upstream,
+                attempts=self.attempts,
+                ttft_ms=self.ttft_ms,
+                duration_ms=duration_ms,
+            )
+        )
+        spent = tally.prompt_tokens + tally.completion_tokens
+        if spent:
+            self._ticket.settle(spent)
+        else:
+            self._ticket.refund()
+        self._measure(cause, status, tally)
+        self._write_log(cause, status, tally, duration_ms, detail)
+        self._on_finished(self)
+
+    def _measure(self, cause: Cause, status: str, tally: Tally) -> None:
+        instruments = self._instruments
+        instruments.request(self.route, self.http_status or CLIENT_LEFT)
+        if self.is_stream:
+            instruments.streams(self.session.tenant, -1)
+        if status == "client_aborted":
+            instruments.aborts.add(1)
+        for kind, count in (
+            ("prompt", tally.prompt_tokens),
+            ("completion", tally.completion_tokens),
+            ("cached", tally.cached_tokens),
+            ("reasoning", tally.reasoning_tokens),
+        ):
+            instruments.tokens(self.model_name, kind, count)
+
+    def _write_log(self, cause: Cause, status: str, tally: Tally, duration_ms: int, detail: str) -> None:
+        fields: dict[str, Any] = {
+            "request_id": self.request_id,
+            "peer": self.peer,
+            "route": self.route,
+            "status": self.http_status or CLIENT_LEFT,
+            "user": self.session.user_id,
+            "tenant": self.session.tenant,
+            "model": self.model_name,
+            "stream": self.is_stream,
+            "upstream": self.upstream,
+            "upstream_status": self.upstream_status,
+            "attempts": self.attempts,
+            "reused": self.reused,
+            "outcome": status,
+            "cause": cause.value,
+            "prompt_tokens": tally.prompt_tokens,
+            "completion_tokens": tally.completion_tokens,
+            "cached_tokens": tally.cached_tokens,
+            "reasoning_tokens": tally.reasoning_tokens,
+            "estimated": tally.estimated,
+            "ttft_ms": self.ttft_ms,
+            "duration_ms": duration_ms,
+            "events": self.events,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+        }
+        if detail:
+            fields["detail"] = detail
+        self._log.access(fields)
+
+    def _duration_ms(self) -> int:
+        return max(0, round((self._clock.monotonic() - self.started) * 1000))

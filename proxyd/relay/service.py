@@ -1,0 +1,278 @@
+"""The relay of one worker: takes requests in, keeps the live ones, ends them on order.
+
+Owns: who may ask for what (through access), the set of live calls and streams, draining and revocation, the coarse
+time. Must not know: how a request came in or how a stream is relayed; those are `front` and `exchange`.
+
+Invariants: every admitted request is in exactly one of `_calls`, `_streams` until its transaction is finished, and
+`live` is their number; nothing that is refused before admission has a row, everything after it has exactly one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from proxyd._relay import Engine
+from proxyd.access.admission import Admission
+from proxyd.access.origin import OriginPolicy, forwarded_scheme
+from proxyd.access.session import Session, Sessions
+from proxyd.clock import Clock
+from proxyd.config.schema import Config, ModelConfig
+from proxyd.dialects.ask import Ask, Route, parse_ask
+from proxyd.dialects.base import dialects_of
+from proxyd.dialects.usage import estimate
+from proxyd.errors import Refusal, UpstreamErrorKind
+from proxyd.front.connection import ClientConnection
+from proxyd.front.request import Request
+from proxyd.front.wheel import Wheel
+from proxyd.log import Log
+from proxyd.relay.deadlines import Limits
+from proxyd.relay.exchange import Stream
+from proxyd.relay.flow import Call
+from proxyd.relay.instruments import Instruments
+from proxyd.relay.outcome import Transaction
+from proxyd.relay.states import Cause
+from proxyd.shm.metrics import Metrics
+from proxyd.telemetry.spool import SpoolWriter
+from proxyd.upstream.connection import Connection
+from proxyd.upstream.origin import Origin
+from proxyd.upstream.upstreams import Upstreams
+from proxyd.wire.head import Headers
+
+__all__ = ["Relay"]
+
+
+class Relay:
+    """Serves the relay routes of one worker."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        config: Config,
+        clock: Clock,
+        log: Log,
+        metrics: Metrics,
+        wheel: Wheel,
+        sessions: Sessions,
+        admission: Admission,
+        upstreams: Upstreams,
+        spool: SpoolWriter,
+    ) -> None:
+        self._loop = loop
+        self._config = config
+        self._clock = clock
+        self._sessions = sessions
+        self._admission = admission
+        self._spool = spool
+        self._origins = OriginPolicy(config.auth.allowed_origins)
+        self._instruments = Instruments(metrics)
+        self._calls: dict[Transaction, Call] = {}
+        self._streams: dict[Transaction, Stream] = {}
+        self._limits: dict[str, Limits] = {}
+        self.log = log
+        self.wheel = wheel
+        self.upstreams = upstreams
+        self.no_injection: set[tuple[str, str]] = set()
+        self.max_head = config.http.max_head
+        self.engine = Engine(
+            loop,
+            config.stream.turn_bytes,
+            config.stream.buffer,
+            self._instruments.events,
+            self._instruments.bytes,
+            self._instruments.stalls,
+            self._instruments.lag,
+        )
+        self.engine.now_ms = int(clock.monotonic() * 1000)
+
+    # -- what the worker uses ------------------------------------------------------------------------------------
+
+    @property
+    def live(self) -> int:
+        """Admitted requests that are not over: calls and streams."""
+        return len(self._calls) + len(self._streams)
+
+    @property
+    def streaming(self) -> int:
+        """Answers being relayed."""
+        return len(self._streams)
+
+    def tick(self, now: float) -> None:
+        """Every wheel granularity: sets the coarse time of the exchanges, before the wheel looks at them."""
+        self.engine.now_ms = int(now * 1000)
+
+    def interrupt(self) -> int:
+        """The drain is over: every stream gets its error event, every call a 503; how many there were."""
+        count = self.live
+        for call in list(self._calls.values()):
+            call.stop(Cause.DRAINED)
+        for stream in list(self._streams.values()):
+            stream.interrupt(Cause.DRAINED)
+        return count
+
+    def drop(self) -> int:
+        """Closes what interrupt() did not end, without another byte; how many there were."""
+        count = self.live
+        for stream in list(self._streams.values()):
+            stream.drop()
+        return count
+
+    def revoke(self, is_revoked: Callable[[Session], bool]) -> int:
+        """Ends every live request of a revoked session; how many there were."""
+        count = 0
+        for transaction, call in list(self._calls.items()):
+            if is_revoked(transaction.session):
+                call.stop(Cause.REVOKED)
+                count += 1
+        for transaction, stream in list(self._streams.items()):
+            if is_revoked(transaction.session):
+                stream.interrupt(Cause.REVOKED)
+                count += 1
+        return count
+
+    def preflight(self, request: Request) -> Headers:
+        """The headers of the 204 to a browser's preflight. Raises Refusal 403."""
+        scheme = forwarded_scheme(request.head.headers, request.trusted)
+        return self._origins.preflight(request.head.headers, scheme=scheme)
+
+    def cors(self, headers: Headers) -> Headers:
+        """The headers that let an allowed page read an answer."""
+        return self._origins.cors_headers(headers)
+
+    def authorize(self, request: Request) -> tuple[Session, Headers]:
+        """Who asks, and the CORS headers of every answer to it. Raises Refusal 401 or 403."""
+        headers = request.head.headers
+        session = self._sessions.authenticate(headers)
+        scheme = forwarded_scheme(headers, request.trusted)
+        verdict = self._origins.decide(headers, cookie_used=session.is_ambient, scheme=scheme)
+        verdict.enforce()
+        return session, verdict.cors_headers
+
+    # -- a request -----------------------------------------------------------------------------------------------
+
+    def serve(self, client: ClientConnection, request: Request) -> None:
+        """One complete request on a relay route: refused at once, or admitted and begun."""
+        route = Route(request.head.path)
+        session: Session | None = None
+        try:
+            session, cors = self.authorize(request)
+            ask = parse_ask(route, request.body)
+            model = self._choose_model(ask)
+            if self._spool.broken_reason is not None:
+                raise Refusal(
+                    503, "spool_unavailable", "Requests cannot be accounted for at the moment.", retry_after_s=5
+                )
+            ticket = self._admission.admit(session, ask.model or model.name, estimate_tokens=0)
+        except Refusal as refusal:
+            self._refused(client, request, route, session, refusal)
+            return
+        transaction = Transaction(
+            request_id=request.request_id,
+            route=route.value,
+            session=session,
+            model_name=model.name,
+            model_id=model.id,
+            is_stream=ask.stream,
+            peer=request.peer,
+            started=request.received_at,
+            prompt_estimate=estimate(ask.prompt_text_bytes) if route is not Route.COUNT_TOKENS else 0,
+            ticket=ticket,
+            clock=self._clock,
+            spool=self._spool,
+            instruments=self._instruments,
+            log=self.log,
+            on_finished=self._on_finished,
+        )
+        transaction.bytes_in = len(request.body)
+        transaction.begin()
+        self.upstreams.retries.begin()
+        call = Call(self, client, request, ask, model, cors, transaction)
+        self._calls[transaction] = call
+        call.start(self._loop)
+
+    def _choose_model(self, ask: Ask) -> ModelConfig:
+        """The configured model that answers. Raises Refusal 404, or 400 where the site's route needs a name."""
+        dialects = dialects_of(ask.route)
+        if ask.model is None:
+            for model in self._config.model:
+                if model.name != "*" or model.upstream_model:
+                    return model
+            raise Refusal(400, "missing_required_parameter", "you must provide a model", param="model")
+        found = self._config.find_model(ask.model)
+        if found is None or (ask.model == "*" and not found.upstream_model):
+            raise Refusal(404, "model_not_found", "The model does not exist or you may not use it.", param="model")
+        chosen: ModelConfig | None = found
+        seen: set[str] = set()
+        while chosen is not None and chosen.name not in seen:
+            seen.add(chosen.name)
+            if any(self.upstreams.origins[name].dialect in dialects for tier in chosen.upstreams for name in tier):
+                return found
+            chosen = self._config.find_model(chosen.fallback) if chosen.fallback else None
+        raise Refusal(
+            404,
+            "model_not_found",
+            "The model exists, but its upstreams do not speak this route's dialect; ask on another route.",
+            param="model",
+        )
+
+    def _refused(
+        self, client: ClientConnection, request: Request, route: Route, session: Session | None, refusal: Refusal
+    ) -> None:
+        client.refuse(refusal, self.cors(request.head.headers))
+        self._instruments.request(route.value, refusal.status)
+        fields: dict[str, Any] = {
+            "request_id": request.request_id,
+            "peer": request.peer,
+            "route": route.value,
+            "status": refusal.status,
+            "outcome": "rejected",
+            "cause": refusal.code,
+            "duration_ms": round((self._clock.monotonic() - request.received_at) * 1000),
+        }
+        if session is not None:
+            fields["user"] = session.user_id
+            fields["tenant"] = session.tenant
+        self.log.access(fields)
+
+    # -- what calls and streams use ------------------------------------------------------------------------------
+
+    def monotonic(self) -> float:
+        return self._clock.monotonic()
+
+    def find_model(self, name: str) -> ModelConfig | None:
+        return self._config.find_model(name)
+
+    def limits_of(self, origin: Origin) -> Limits:
+        """The streaming limits towards one upstream, made once."""
+        limits = self._limits.get(origin.name)
+        if limits is None:
+            limits = self._limits[origin.name] = Limits(
+                idle_s=origin.config.idle_timeout,
+                total_s=origin.config.total_timeout,
+                slow_client_s=self._config.stream.slow_client_timeout,
+                heartbeat_s=self._config.stream.heartbeat,
+            )
+        return limits
+
+    def on_upstream_end(self, connection: Connection, kind: UpstreamErrorKind | None, detail: str) -> None:
+        """A body ended; how it began was reported when its head came."""
+        if kind is not None:
+            self.upstreams.report(connection.origin, False, kind)
+            self.log.warning("upstream_failed", upstream=connection.origin.name, kind=kind.value, detail=detail)
+
+    def on_streaming(self, call: Call, stream: Stream) -> None:
+        """A call became a stream."""
+        call.end_retry()
+        self._calls.pop(stream.transaction, None)
+        self._streams[stream.transaction] = stream
+
+    def on_stream_end(self, stream: Stream) -> None:
+        self._streams.pop(stream.transaction, None)
+
+    def _on_finished(self, transaction: Transaction) -> None:
+        self.upstreams.retries.end()
+        call = self._calls.pop(transaction, None)
+        if call is not None:
+            call.end_retry()
+        self._streams.pop(transaction, None)
