@@ -1,0 +1,1 @@
+"""A worker: one uvloop that accepts on its slot's listeners and serves."""

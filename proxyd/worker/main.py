@@ -1,0 +1,190 @@
+"""A worker's and the telemetry process's life: boot after the fork, serve, drain, end.
+
+Owns the loop, the signals and the order of these phases in a child. Must not know what the services are made of:
+`services.py` builds them, and tests bring their own. Returns an exit code; the process ends there (master/children).
+
+    boot --error--> 78
+      |
+    READY --TERM--> drain(drain_timeout) --> close --> 0
+      '--master gone--> drain(ORPHAN_S) ---'
+
+May die at any instruction: counters are in the region, rows in the spool, the listener is the master's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import signal
+import traceback
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import uvloop
+
+from proxyd.clock import SYSTEM, Clock
+from proxyd.host.child import EXIT_CANNOT_BOOT, Birth
+from proxyd.log import Log
+from proxyd.shm.beats import Beat, Standing, State
+from proxyd.shm.metrics import Metrics
+from proxyd.shm.region import Region
+from proxyd.worker.beat import Pulse
+from proxyd.worker.drain import Drainable, drain
+
+ORPHAN_S = 10.0  # without a master nobody replaces or counts us; the service manager will end us anyway
+BOOT_S = 25.0  # less than the master's patience: the reason is in the log, not a SIGABRT
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a child's services are built from, besides the configuration that their factory holds."""
+
+    birth: Birth
+    loop: asyncio.AbstractEventLoop
+    region: Region
+    metrics: Metrics
+    log: Log
+    clock: Clock
+    standing: Standing
+
+
+class Services(Drainable, Protocol):
+    """What a worker serves. `busy` and the ending are in drain.Drainable."""
+
+    @property
+    def streams(self) -> int:
+        """Live streams, for the title and status."""
+        ...
+
+    async def start(self) -> None:
+        """Begins to accept. An exception here, or in the factory, means: this worker cannot boot."""
+        ...
+
+    def pulse(self) -> None:
+        """Each 0.1 s."""
+        ...
+
+    def tick(self) -> None:
+        """Once a second."""
+        ...
+
+
+class _Stop:
+    """The wish that the process ends, and until when (monotonic) it may take; the nearest deadline wins."""
+
+    __slots__ = ("_clock", "deadline", "event")
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.event = asyncio.Event()
+        self.deadline = math.inf
+
+    def ask(self, timeout_s: float) -> None:
+        self.deadline = min(self.deadline, self._clock.monotonic() + timeout_s)
+        self.event.set()
+
+
+def run_worker(
+    birth: Birth,
+    region: Region,
+    log: Log,
+    drain_timeout_s: float,
+    build: Callable[[Context], Awaitable[Services]],
+    clock: Clock = SYSTEM,
+) -> int:
+    """The body of a worker process. `build` makes the services in the running loop."""
+    name = f"worker {birth.slot}"
+    log = log.child(name)
+
+    async def life(context: Context, pulse: Pulse, stop: _Stop) -> int:
+        try:
+            async with asyncio.timeout(BOOT_S):
+                services = await build(context)
+                await services.start()
+        except Exception as error:  # noqa: BLE001  the process ends here
+            log.error("cannot_boot", detail=f"{type(error).__name__}: {error}")
+            log.debug("cannot_boot_traceback", detail=_traceback(error))
+            return EXIT_CANNOT_BOOT
+        beat = Beat(region, birth.slot)
+
+        def tick() -> None:
+            beat.set_streams(services.streams)
+            services.tick()
+
+        pulse.serve(services.pulse, tick, lambda: f"{services.streams} streams")
+        _enter(context, State.READY)
+        await stop.event.wait()
+        _enter(context, State.DRAINING)
+        cut = await drain(services, clock, lambda: stop.deadline)
+        if cut:
+            log.warning("drain_cut", streams=cut)
+        await services.close()
+        return 0
+
+    return _run(birth, region, log, clock, name, life, drain_timeout_s)
+
+
+def run_telemetry(
+    birth: Birth,
+    region: Region,
+    log: Log,
+    serve: Callable[[Context, asyncio.Event], Awaitable[None]],
+    clock: Clock = SYSTEM,
+) -> int:
+    """The body of the telemetry process: `serve` returns after the event is set and all is stored or spooled."""
+    log = log.child("telemetry")
+
+    async def life(context: Context, pulse: Pulse, stop: _Stop) -> int:
+        _enter(context, State.READY)
+        await serve(context, stop.event)
+        return 0
+
+    return _run(birth, region, log, clock, "telemetry", life, 0.0)
+
+
+def _run(
+    birth: Birth,
+    region: Region,
+    log: Log,
+    clock: Clock,
+    name: str,
+    life: Callable[[Context, Pulse, _Stop], Awaitable[int]],
+    term_timeout_s: float,
+) -> int:
+    """Common to both: the loop, the signals, the lifeline and the pulse."""
+
+    async def main() -> int:
+        loop = asyncio.get_running_loop()
+        context = Context(birth, loop, region, Metrics(region, birth.slot), log, clock, Standing())
+        pulse = Pulse(loop, clock, Beat(region, birth.slot), context.metrics, log, name)
+        pulse.start()
+        stop = _Stop(clock)
+        loop.add_signal_handler(signal.SIGTERM, stop.ask, term_timeout_s)
+        loop.add_signal_handler(signal.SIGUSR1, log.reopen)
+
+        def on_lifeline() -> None:
+            # Nobody writes to this pipe, so readable means its end: the other side is gone.
+            loop.remove_reader(birth.lifeline_fd)
+            log.warning("orphaned", detail="the master is gone")
+            stop.ask(min(term_timeout_s, ORPHAN_S))
+
+        loop.add_reader(birth.lifeline_fd, on_lifeline)
+        try:
+            return await life(context, pulse, stop)
+        finally:
+            pulse.stop()
+            log.flush()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main())
+
+
+def _enter(context: Context, state: State) -> None:
+    context.standing.state = state
+    Beat(context.region, context.birth.slot).enter(state)
+    context.birth.tell()
+
+
+def _traceback(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))[-4000:]
