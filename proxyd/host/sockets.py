@@ -159,7 +159,7 @@ def refuse_live(path: str) -> None:
 class Listeners:
     """All listening sockets of the node, as the master holds them.
 
-    `public[slot]` are a worker's own; `admin` are shared by all. A worker calls `keep(slot)` after the fork.
+    `public[slot]` are a worker's own; `admin` are shared by all. A forked child inherits all of them.
     """
 
     __slots__ = ("_unix", "admin", "public")
@@ -184,6 +184,7 @@ class Listeners:
                 else:
                     self.admin += bind_tcp(address.host or "", address.port or 0, 1, 128)
         except OSError:
+            self.unlink()
             self.close()
             raise
 
@@ -192,32 +193,34 @@ class Listeners:
         self._unix.append(listener)
         return listener.sock
 
-    def keep(self, slot: int | None) -> list[socket.socket]:
-        """In a child: closes what is not the slot's (None: everything). Returns the slot's public listeners."""
-        own = self.public[slot] if slot is not None else []
-        kept = {sock.fileno() for sock in own}
-        for sock in self._all_public():
-            if sock.fileno() not in kept:
-                sock.close()
-        if slot is None:
-            for sock in self.admin:
-                sock.close()
-        return own
+    def of_slot(self, slot: int) -> list[socket.socket]:
+        """What the slot's worker accepts on. It has the others' too, to stand in for a slot that cannot come back."""
+        return self.public[slot]
+
+    def tcp_of_slot(self, slot: int) -> list[socket.socket]:
+        """The slot's own, without the shared Unix listeners."""
+        return [sock for sock in self.public[slot] if sock.family != socket.AF_UNIX]
 
     def close_public(self) -> None:
-        """In the master, when it drains: new clients are refused by the kernel once the workers closed theirs too."""
+        """In a process that accepts no more. A listener ends, and the kernel refuses newcomers, when the master and
+        every worker closed it; the paths are the master's to remove."""
+        for own in self.public:
+            for sock in own:
+                sock.close()
+
+    def unlink_public(self) -> None:
+        """In the master, when it drains: nobody finds the Unix listeners any more."""
         for listener in self._unix:
             if listener.sock not in self.admin:
                 listener.unlink()
-        for sock in self._all_public():
-            sock.close()
 
     def close(self) -> None:
-        """In the master, at its end: also removes the Unix paths."""
-        for listener in self._unix:
-            listener.unlink()
-        for sock in [*self._all_public(), *self.admin]:
+        """Closes everything. In the master `unlink` comes first."""
+        self.close_public()
+        for sock in self.admin:
             sock.close()
 
-    def _all_public(self) -> list[socket.socket]:
-        return [sock for own in self.public for sock in own]
+    def unlink(self) -> None:
+        """In the master, at its end."""
+        for listener in self._unix:
+            listener.unlink()

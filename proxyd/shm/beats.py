@@ -1,9 +1,12 @@
 """Liveness words: each process says that its loop turns; the master reads who has stopped.
 
-Owns one cache line per slot: | beat_ms | pid | epoch | state | streams | restarts | born_ms | - |. Must not know
-signals or what to do about a silent process. Times are milliseconds of CLOCK_MONOTONIC, which all processes share.
-Invariants: a slot's process writes beat, state and streams; the master writes pid, epoch, restarts and born, before
-the fork or after the reaping, so no word has two writers at once.
+Owns one cache line per slot. Must not know signals or what to do about a silent process.
+
+    | beat_ms | pid | epoch | state | streams | restarts | born_ms | vacant |
+
+Times are milliseconds of CLOCK_MONOTONIC, which all processes share. Invariants: a slot's process writes beat, state
+and streams; the master writes the rest (and, before the fork or after the reaping, these too), so no word ever has
+two writers at once.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from enum import IntEnum
 
 from proxyd.shm.region import BEAT_BYTES, Region
 
-_BEAT, _PID, _EPOCH, _STATE, _STREAMS, _RESTARTS, _BORN = range(7)
+_BEAT, _PID, _EPOCH, _STATE, _STREAMS, _RESTARTS, _BORN, _VACANT = range(8)
 
 
 class State(IntEnum):
@@ -62,7 +65,15 @@ class Beat:
     def count_restart(self) -> None:
         self._words.add(self._first + _RESTARTS, 1)
 
+    def set_vacant(self, is_vacant: bool) -> None:
+        """True while the slot's successor is kept waiting (a crash loop): others may accept for it."""
+        self._words.store(self._first + _VACANT, is_vacant)
+
     # anybody
+    @property
+    def is_vacant(self) -> bool:
+        return self._words.load(self._first + _VACANT) != 0
+
     def silent_s(self, monotonic_s: float) -> float:
         """Seconds since the last beat."""
         return monotonic_s - self._words.load(self._first + _BEAT) / 1000
@@ -89,3 +100,21 @@ class Beat:
 
     def age_s(self, monotonic_s: float) -> float:
         return monotonic_s - self._words.load(self._first + _BORN) / 1000
+
+    @property
+    def last(self) -> int:
+        """The last beat as written; another value is a newer beat."""
+        return self._words.load(self._first + _BEAT)
+
+
+class Standing:
+    """This process's own state, for `/readyz`: written by worker/main.py, read by whoever answers."""
+
+    __slots__ = ("state",)
+
+    def __init__(self) -> None:
+        self.state = State.STARTING
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state is State.READY

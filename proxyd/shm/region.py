@@ -23,7 +23,7 @@ from proxyd._shm import HISTOGRAM_WORDS, Words
 MAGIC = 0x70726F7879643031  # "proxyd01": a reader of another layout must refuse it
 HEADER_BYTES = 64
 BEAT_BYTES = 64  # one cache line a slot: two workers' beats never share one
-REVOCATION_ENTRIES = 1024  # revocations between two polls of 50 ms; a worker that was lapped refuses by reading all
+REVOCATION_ENTRIES = 16_384  # all that are in force: a successor learns them from here; 4 MB, taken as it fills
 REVOCATION_ENTRY_BYTES = 256
 REVOCATION_BYTES = 64 + REVOCATION_ENTRIES * REVOCATION_ENTRY_BYTES
 

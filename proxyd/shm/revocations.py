@@ -2,13 +2,14 @@
 
 Owns the ring. Must not know tokens, HTTP or how a stream is ended. One word of sequence, then entries:
 
-    | sequence | lock | ... |   | n | until (double) | kind, length | value |   at (n - 1) % 1024
+    | sequence | lock | ... |   | n | at | until | kind, length | value |   at (n - 1) % 16384
 
 `publish` may be called in any worker; a reader keeps its own cursor and asks `since(cursor)`, which is one load when
 nothing is new. Invariants: an entry carries its own number, written last, so a reader never takes half an entry.
 Two publishers take turns by the lock word, which holds the taker's pid. A successor reads the ring from its start,
 so a revocation outlives the worker that received it; it does not outlive the node (tokens expire, entries too).
-Bound: 1,024 entries; the 1,025th replaces the oldest unless that has not expired: then `publish` refuses.
+Bound: 16,384 entries; the next one replaces the oldest unless that is still in force: then `publish` refuses, because
+dropping it would let a revoked token in again.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import NamedTuple
 from proxyd._shm import Words
 from proxyd.shm.region import REVOCATION_ENTRIES, REVOCATION_ENTRY_BYTES, Region
 
-_ENTRY = struct.Struct("=QdHH")
-VALUE_MAX = REVOCATION_ENTRY_BYTES - 24
+_ENTRY = struct.Struct("=QddHHxxxx")
+VALUE_MAX = REVOCATION_ENTRY_BYTES - _ENTRY.size
 
 
 class Kind(IntEnum):
@@ -32,15 +33,16 @@ class Kind(IntEnum):
 
 
 class Revocation(NamedTuple):
-    """Everything issued to `value` before it was revoked is refused; `until` (wall seconds) it need not be kept."""
+    """Whatever was issued to `value` by the instant `at` is refused; past `until` nobody asks any more (wall s)."""
 
     kind: Kind
     value: str
+    at: float
     until: float
 
 
 class RevocationFull(Exception):
-    """1,024 revocations are still in force."""
+    """No room: every entry is still in force."""
 
 
 class RevocationRing:
@@ -69,23 +71,23 @@ class RevocationRing:
         self.cursor = newest
         return news
 
-    def publish(self, kind: Kind, value: str, until: float, now: float) -> int:
-        """The entry's number. Errors: ValueError for a value over 232 bytes, RevocationFull."""
-        text = value.encode()
+    def publish(self, entry: Revocation) -> int:
+        """The entry's number. Errors: ValueError for a value over 224 bytes, RevocationFull."""
+        text = entry.value.encode()
         if not text or len(text) > VALUE_MAX:
             raise ValueError("value empty or too long")
         self._lock()
         try:
             number = self._words.load(0) + 1
-            at = self._at(number)
-            taken, taken_until, _, _ = _ENTRY.unpack_from(self._memory, at)
-            if taken and taken_until > now:
+            offset = self._at(number)
+            taken, _, until, _, _ = _ENTRY.unpack_from(self._memory, offset)
+            if taken and until > entry.at:
                 raise RevocationFull
-            entry = Words(self._memory, at, 1)
-            entry.store(0, 0)
-            _ENTRY.pack_into(self._memory, at, 0, until, kind, len(text))
-            self._memory[at + 24 : at + 24 + len(text)] = text
-            entry.store(0, number)
+            word = Words(self._memory, offset, 1)
+            word.store(0, 0)
+            _ENTRY.pack_into(self._memory, offset, 0, entry.at, entry.until, entry.kind, len(text))
+            self._memory[offset + _ENTRY.size : offset + _ENTRY.size + len(text)] = text
+            word.store(0, number)
             self._words.store(0, number)
             return number
         finally:
@@ -95,15 +97,15 @@ class RevocationRing:
         return self._offset + 64 + (number - 1) % REVOCATION_ENTRIES * REVOCATION_ENTRY_BYTES
 
     def _entry(self, number: int) -> Revocation | None:
-        at = self._at(number)
-        entry = Words(self._memory, at, 1)
-        if entry.load(0) != number:
+        offset = self._at(number)
+        word = Words(self._memory, offset, 1)
+        if word.load(0) != number:
             return None
-        _, until, kind, length = _ENTRY.unpack_from(self._memory, at)
-        value = self._memory[at + 24 : at + 24 + length]
-        if entry.load(0) != number:
+        _, at, until, kind, length = _ENTRY.unpack_from(self._memory, offset)
+        value = self._memory[offset + _ENTRY.size : offset + _ENTRY.size + length]
+        if word.load(0) != number:
             return None
-        return Revocation(Kind(kind), value.decode("utf-8", "replace"), until)
+        return Revocation(Kind(kind), value.decode("utf-8", "replace"), at, until)
 
     def _lock(self) -> None:
         """Spins for a few microseconds of another publisher; takes over from one that died with the lock."""

@@ -152,13 +152,15 @@ def test_every_slot_has_its_own_tcp_listener_and_all_share_the_unix_one(tmp_path
         assert unix0 is unix1
         assert tcp0 is not tcp1
         assert tcp0.getsockname() == tcp1.getsockname()
-        own = listeners.keep(1)
-        assert own == [tcp1, unix1]
-        assert tcp0.fileno() == -1
-        assert listeners.admin[0].fileno() >= 0
-        listeners.close_public()
+        assert listeners.of_slot(1) == [tcp1, unix1]
+        assert listeners.tcp_of_slot(1) == [tcp1]
+        listeners.unlink_public()
         assert (os.path.exists(path), os.path.exists(admin)) == (False, True)
+        listeners.close_public()
+        assert {sock.fileno() for sock in (tcp0, tcp1, unix0)} == {-1}
+        assert listeners.admin[0].fileno() >= 0
     finally:
+        listeners.unlink()
         listeners.close()
     assert not os.path.exists(admin)
 

@@ -1,0 +1,1 @@
+"""The master: owns listeners, shared memory and children; no event loop, no thread, no sleep."""

@@ -1,0 +1,387 @@
+"""The tree of processes under kill -9, TERM, crash loops and silence; every test ends with nothing left running."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 20.0  # how long something may take before the test fails; nothing here waits for it to pass
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def eventually(check: Callable[[], Any], what: str | Callable[[], str]) -> Any:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        value = check()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"never came: {what if isinstance(what, str) else what()}")
+
+
+class Node:
+    """One trivial node, in a session of its own, so that whatever it leaves behind can be found."""
+
+    def __init__(self, **options: Any) -> None:
+        self.port = options.setdefault("port", free_port())
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/daemon/trivial_node.py"), json.dumps(options)],
+            stderr=subprocess.PIPE,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            start_new_session=True,
+        )
+        assert self.process.stderr is not None
+        os.set_blocking(self.process.stderr.fileno(), False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self.process.stderr, selectors.EVENT_READ)
+        self._rest = b""
+        self._clients: list[Client] = []
+        self.lines: list[dict[str, Any]] = []
+        self.text = ""
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def wait_event(self, event: str, **fields: Any) -> dict[str, Any]:
+        """The first log line of this kind that was not asked for before."""
+
+        def find() -> dict[str, Any] | None:
+            for index, line in enumerate(self.lines):
+                if line.get("event") == event and fields.items() <= line.items():
+                    return self.lines.pop(index)
+            self._read()
+            return None
+
+        found: dict[str, Any] = eventually(find, lambda: f"{event} {fields}; seen:\n{self.text}")
+        return found
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        if self._selector.select(0.02):
+            data = self.process.stderr.read() or b""
+            self.text += data.decode()
+            *lines, self._rest = (self._rest + data).split(b"\n")
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    self.lines.append(json.loads(line))
+
+    def wait_exit(self) -> int:
+        def gone() -> bool:
+            self._read()
+            return self.process.poll() is not None
+
+        eventually(gone, lambda: f"the master's end; seen:\n{self.text}")
+        self._read()
+        return self.process.returncode
+
+    def connect(self) -> Client:
+        client = Client(socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S))
+        self._clients.append(client)
+        return client
+
+    def connect_to(self, slot: int) -> Client:
+        """A greeted client of that worker: the kernel spreads connections over the listeners of a port."""
+
+        def attempt() -> Client | None:
+            client = self.connect()
+            client.greet()
+            if client.slot == slot:
+                return client
+            client.close()
+            return None
+
+        found: Client = eventually(attempt, f"a connection to worker {slot}")
+        return found
+
+    def family(self) -> dict[int, str]:
+        """Living processes of the node's session: pid to title."""
+        found = {}
+        for entry in os.listdir("/proc"):
+            if entry.isdigit():
+                with contextlib.suppress(OSError):
+                    rest = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2]
+                    fields = rest.split()
+                    if int(fields[3]) == self.process.pid and fields[0] != "Z":
+                        found[int(entry)] = Path(f"/proc/{entry}/cmdline").read_text().rstrip("\0 ")
+        return found
+
+    def end(self) -> None:
+        for client in self._clients:
+            client.close()
+        for pid in [self.process.pid, *self.family()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        assert self.process.stderr is not None
+        self._selector.close()
+        self.process.stderr.close()
+
+
+class Client:
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.file = sock.makefile("rb")
+        self.slot = self.pid = -1
+
+    def greet(self) -> None:
+        words = self.line().split()
+        self.slot, self.pid = int(words[1]), int(words[2])
+
+    def line(self) -> bytes:
+        return self.file.readline()
+
+    def ask(self, word: bytes) -> bytes:
+        self.sock.sendall(word + b"\n")
+        return self.line().strip()
+
+    def close(self) -> None:
+        self.file.close()
+        self.sock.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Node]]:
+    nodes: list[Node] = []
+
+    def make(*, ready: bool = True, **options: Any) -> Node:
+        node = Node(**options)
+        nodes.append(node)
+        if ready:
+            node.wait_event("ready")
+        return node
+
+    yield make
+    left = [node.family() for node in nodes if node.process.poll() is not None]
+    for node in nodes:
+        node.end()
+    assert not any(left), f"left running: {left}"
+
+
+def test_the_tree_is_titled_and_ends_cleanly_on_term(start: Callable[..., Node]) -> None:
+    node = start(workers=2, extra=True)
+    assert sorted(title.split(" (")[0] for title in node.family().values()) == [
+        "proxyd: extra",
+        "proxyd: master",
+        "proxyd: telemetry",
+        "proxyd: worker 0",
+        "proxyd: worker 1",
+    ]
+    node.signal(signal.SIGTERM)
+    assert node.wait_exit() == 0
+    assert not node.family()
+
+
+def test_the_kernel_spreads_connections_over_the_slots(start: Callable[..., Node]) -> None:
+    node = start(workers=2)
+    assert node.connect_to(0).pid != node.connect_to(1).pid
+
+
+def test_a_killed_worker_has_a_successor_on_the_same_listener(start: Callable[..., Node]) -> None:
+    node = start(workers=2)
+    other = node.connect_to(1)
+    victim = node.connect_to(0)
+    os.kill(victim.pid, signal.SIGKILL)
+    assert node.wait_event("child_died", child="worker 0")["how"] == "killed by SIGKILL"
+    assert node.connect_to(0).pid != victim.pid
+    assert other.ask(b"hold") == b"held"
+
+
+def test_connections_waiting_in_a_dead_workers_backlog_are_served(start: Callable[..., Node]) -> None:
+    node = start(workers=1)
+    victim = node.connect_to(0)
+    os.kill(victim.pid, signal.SIGSTOP)
+    waiting = [node.connect() for _ in range(20)]
+    os.kill(victim.pid, signal.SIGKILL)
+    for client in waiting:
+        client.greet()
+        assert client.pid != victim.pid
+
+
+def test_a_killed_telemetry_process_comes_back_and_workers_notice_nothing(start: Callable[..., Node]) -> None:
+    node = start(workers=1)
+    client = node.connect_to(0)
+    (telemetry,) = [pid for pid, title in node.family().items() if "telemetry" in title]
+    os.kill(telemetry, signal.SIGKILL)
+    node.wait_event("child_died", child="telemetry")
+    eventually(lambda: [p for p, t in node.family().items() if "telemetry" in t and p != telemetry], "a successor")
+    assert client.ask(b"hold") == b"held"
+
+
+def test_term_lets_streams_finish_and_refuses_newcomers(start: Callable[..., Node]) -> None:
+    node = start(workers=2, drain_timeout=PATIENCE_S)
+    clients = [node.connect_to(0), node.connect_to(1)]
+    for client in clients:
+        assert client.ask(b"hold") == b"held"
+    node.signal(signal.SIGTERM)
+    node.wait_event("draining")
+    eventually(lambda: clients[0].ask(b"state") == b"DRAINING", "the worker's state")
+
+    def is_refused() -> bool:
+        try:
+            node.connect().close()
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    eventually(is_refused, "refusal of newcomers")
+    for client in clients:
+        assert client.ask(b"state") == b"DRAINING"
+        client.close()
+    assert node.wait_exit() == 0
+    assert node.wait_event("telemetry_stopped")
+
+
+def test_streams_that_outlast_the_drain_are_ended_properly(start: Callable[..., Node]) -> None:
+    node = start(workers=1, drain_timeout=0.2)
+    client = node.connect_to(0)
+    assert client.ask(b"hold") == b"held"
+    node.signal(signal.SIGTERM)
+    assert client.line() == b"aborted\n"
+    assert node.wait_exit() == 0
+    assert node.wait_event("drain_cut", streams=1)
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_a_second_signal_while_draining_ends_it_at_once(start: Callable[..., Node], second: signal.Signals) -> None:
+    node = start(workers=1, drain_timeout=300)
+    client = node.connect_to(0)
+    assert client.ask(b"hold") == b"held"
+    node.signal(signal.SIGTERM)
+    node.wait_event("draining")
+    node.signal(second)
+    assert node.wait_exit() == 0
+    assert not node.family()
+
+
+def test_quit_ends_it_at_once(start: Callable[..., Node]) -> None:
+    node = start(workers=2, drain_timeout=300, extra=True)
+    client = node.connect_to(1)
+    assert client.ask(b"hold") == b"held"
+    node.signal(signal.SIGQUIT)
+    assert node.wait_exit() == 0
+    assert not node.family()
+
+
+def test_ctrl_c_reaches_the_whole_group_and_is_still_a_drain(start: Callable[..., Node]) -> None:
+    node = start(workers=2, drain_timeout=PATIENCE_S, extra=True)
+    client = node.connect_to(0)
+    assert client.ask(b"hold") == b"held"
+    os.killpg(node.process.pid, signal.SIGINT)
+    node.wait_event("draining")
+    assert client.ask(b"state") in (b"READY", b"DRAINING")
+    client.close()
+    assert node.wait_exit() == 0
+    assert not node.family()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2, signal.SIGUSR1])
+def test_hup_usr1_and_usr2_end_nobody(start: Callable[..., Node], number: signal.Signals) -> None:
+    node = start(workers=1, extra=True)
+    before = set(node.family())
+    os.killpg(node.process.pid, number)
+    if number is not signal.SIGUSR1:
+        node.wait_event({signal.SIGHUP: "reload_unavailable", signal.SIGUSR2: "upgrade_unavailable"}[number])
+    client = node.connect_to(0)
+    assert client.ask(b"hold") == b"held"
+    assert set(node.family()) == before
+    client.close()
+    node.signal(signal.SIGTERM)
+    assert node.wait_exit() == 0
+
+
+def test_a_crash_loop_backs_off_and_the_healthy_worker_serves(start: Callable[..., Node]) -> None:
+    node = start(workers=2, fail={"1": "crash"})
+    delays = [node.wait_event("child_died", child="worker 1")["successor_in_s"] for _ in range(4)]
+    assert delays == [0.0, 0.1, 0.2, 0.4]
+    for client in [node.connect() for _ in range(20)]:
+        client.greet()
+        assert client.slot == 0
+
+
+def test_a_worker_that_cannot_boot_leaves_the_healthy_one_alone(start: Callable[..., Node]) -> None:
+    node = start(workers=2, fail={"0": "cannot boot"}, drain_timeout=0.2)
+    assert node.wait_event("child_died", child="worker 0")["how"] == "exit code 78"
+    assert node.connect_to(1).ask(b"hold") == b"held"
+    node.signal(signal.SIGTERM)
+    assert node.wait_exit() == 0
+
+
+def test_if_no_worker_can_boot_the_master_says_so_and_ends(start: Callable[..., Node]) -> None:
+    node = start(ready=False, workers=2, fail={"0": "cannot boot", "1": "cannot boot"})
+    assert node.wait_exit() == 78
+    assert node.wait_event("cannot_start")
+    assert not node.family()
+
+
+def test_a_stuck_worker_leaves_a_traceback_and_is_replaced(start: Callable[..., Node]) -> None:
+    node = start(workers=1, beat_timeout=1.0)
+    victim = node.connect_to(0)
+    victim.sock.sendall(b"stuck\n")
+    assert node.wait_event("child_silent", child="worker 0")
+    assert node.wait_event("child_died", child="worker 0")["how"] == "killed by SIGABRT"
+    assert "Fatal Python error: Aborted" in node.text
+    assert "_on_word" in node.text
+    assert node.connect_to(0).pid != victim.pid
+
+
+def test_a_frozen_worker_that_hears_no_abort_is_killed(start: Callable[..., Node]) -> None:
+    node = start(workers=1, beat_timeout=1.0)
+    victim = node.connect_to(0)
+    os.kill(victim.pid, signal.SIGSTOP)
+    assert node.wait_event("child_killed", child="worker 0")
+    assert node.connect_to(0).pid != victim.pid
+
+
+def test_when_the_master_is_killed_everybody_finishes_and_goes(start: Callable[..., Node], tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    node = start(workers=2, path=path, extra=False)
+    client = node.connect_to(0)
+    assert client.ask(b"hold") == b"held"
+    node.signal(signal.SIGKILL)
+    node.wait_event("orphaned", process="worker 1")
+    eventually(lambda: client.ask(b"state") == b"DRAINING", "the worker's state")
+    (telemetry,) = [title for title in node.family().values() if "telemetry" in title]
+    assert telemetry
+    successor = start(workers=2, path=path, port=node.port)
+    assert successor.connect_to(0).ask(b"hold") == b"held"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(path)
+        assert sock.recv(100).startswith(b"worker")
+    client.close()
+    eventually(lambda: not node.family(), "the end of the orphans")
+    assert os.path.exists(path)
+
+
+def test_a_second_daemon_on_the_same_addresses_is_refused(start: Callable[..., Node]) -> None:
+    node = start(workers=1)
+    second = start(ready=False, workers=1, port=node.port)
+    assert second.wait_exit() == 1
+    assert f"127.0.0.1:{node.port}" in second.text
+
+
+def test_the_unix_path_goes_with_the_node(start: Callable[..., Node], tmp_path: Path) -> None:
+    node = start(workers=2, path=str(tmp_path / "s"))
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(tmp_path / "s"))
+        assert sock.recv(100).startswith(b"worker")
+    node.signal(signal.SIGTERM)
+    assert node.wait_exit() == 0
+    assert os.listdir(tmp_path) == []

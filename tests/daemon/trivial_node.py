@@ -1,0 +1,165 @@
+"""A node of real processes with a service that fits on a page: the process tests run it as a program.
+
+Each connection is greeted with "worker SLOT PID\\n"; then a word: `hold` keeps it busy until the client closes,
+`stuck` blocks the loop for ever, `state` answers the worker's state. argv: one JSON object, see `main`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+
+from proxyd.host.child import EXIT_CANNOT_BOOT, Birth, ChildSpec
+from proxyd.host.sockets import Listeners
+from proxyd.log import Log
+from proxyd.master.main import Master, MasterSpec
+from proxyd.shm.region import Region
+from proxyd.worker.adopt import Adoption
+from proxyd.worker.main import Context, run_telemetry, run_worker
+
+
+@dataclass(frozen=True)
+class At:
+    kind: str
+    host: str | None = None
+    port: int | None = None
+    path: str | None = None
+
+
+class Accepting:
+    def __init__(self, service: Trivial, listeners: list[socket.socket]) -> None:
+        self._service = service
+        self._listeners = listeners
+
+    def resume(self) -> None:
+        for listener in self._listeners:
+            self._service.loop.add_reader(listener.fileno(), self._service.on_ready, listener)
+
+    def pause(self) -> None:
+        for listener in self._listeners:
+            self._service.loop.remove_reader(listener.fileno())
+
+    def close(self) -> None:
+        for listener in self._listeners:
+            self._service.on_ready(listener)
+        self.pause()
+
+
+class Trivial:
+    def __init__(self, context: Context, listeners: Listeners, workers: int) -> None:
+        self._context = context
+        self.loop = context.loop
+        self._listeners = listeners
+        slot = context.birth.slot
+        self._own = Accepting(self, listeners.of_slot(slot))
+        self._adoption = Adoption(
+            context.region, slot, workers, lambda other: Accepting(self, listeners.tcp_of_slot(other))
+        )
+        self._clients: set[socket.socket] = set()
+        self.busy = 0
+        self.streams = 0
+
+    async def start(self) -> None:
+        self._own.resume()
+
+    def on_ready(self, listener: socket.socket) -> None:
+        try:
+            client, _ = listener.accept()
+        except BlockingIOError:
+            return
+        client.setblocking(False)
+        client.send(f"worker {self._context.birth.slot} {os.getpid()}\n".encode())
+        self._clients.add(client)
+        self._context.loop.add_reader(client.fileno(), self._on_word, client)
+
+    def _on_word(self, client: socket.socket) -> None:
+        try:
+            word = client.recv(100).strip()
+        except ConnectionError:
+            word = b""
+        if word == b"stuck":
+            while True:
+                time.sleep(1)
+        if word == b"hold":
+            self.busy += 1
+            self.streams += 1
+            client.send(b"held\n")
+        elif word == b"state":
+            client.send(self._context.standing.state.name.encode() + b"\n")
+        elif not word:
+            self._context.loop.remove_reader(client.fileno())
+            self._clients.discard(client)
+            client.close()
+            self.busy = max(0, self.busy - 1)
+
+    def stop_accepting(self) -> None:
+        self._own.close()
+        self._adoption.close()
+        self._listeners.close_public()
+
+    def abort(self) -> None:
+        for client in self._clients:
+            client.send(b"aborted\n")
+        self.busy = 0
+
+    def pulse(self) -> None:
+        self._adoption.pulse()
+
+    def tick(self) -> None: ...
+    async def close(self) -> None: ...
+
+
+def main() -> int:
+    options = json.loads(sys.argv[1])
+    workers = options.get("workers", 2)
+    region = Region.create(workers + 2)
+    addresses = [At("tcp", "127.0.0.1", options["port"])]
+    if "path" in options:
+        addresses.append(At("unix", path=options["path"]))
+    listeners = Listeners(addresses, [], workers, 64)
+    log = Log(access="off", process="master", level="debug")
+
+    def run(birth: Birth) -> int:
+        how = options.get("fail", {}).get(str(birth.slot))
+        if how == "crash":
+            os._exit(1)
+        if how == "cannot boot":
+            return EXIT_CANNOT_BOOT
+
+        async def build(context: Context) -> Trivial:
+            return Trivial(context, listeners, workers)
+
+        return run_worker(birth, region, log, options.get("drain_timeout", 5.0), build)
+
+    def telemetry(birth: Birth) -> int:
+        async def serve(context: Context, stop: asyncio.Event) -> None:
+            await stop.wait()
+            context.log.info("telemetry_stopped")
+
+        return run_telemetry(birth, region, log, serve)
+
+    def extra(birth: Birth) -> int:
+        signal.pause()
+        return 0
+
+    spec = MasterSpec(
+        region=region,
+        listeners=listeners,
+        workers=workers,
+        run_worker=run,
+        telemetry=ChildSpec("telemetry", telemetry),
+        extra_children=(ChildSpec("extra", extra),) if options.get("extra") else (),
+        drain_timeout_s=options.get("drain_timeout", 5.0),
+        beat_timeout_s=options.get("beat_timeout", 10.0),
+    )
+    return Master(spec, log).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
