@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BODY_TOTAL_FACTOR", "PIPELINE_TURN", "ClientConnection"]
 
-# A body may take this many body_timeouts in all; body_timeout alone lets one byte every 29 s hold 8 MiB for years. At 10
-# and 30 s, 8 MiB need 28 KB/s; half would cut people on poor lines, twice only feeds the slow-body game.
+# A body may take this many body_timeouts in all; body_timeout alone lets one byte every 29 s hold 8 MiB for years. At
+# 10 and 30 s, 8 MiB need 28 KB/s; half would cut people on poor lines, twice only feeds the slow-body game.
 BODY_TOTAL_FACTOR = 10
 
 # Requests answered in a row on one connection before others get their turn.

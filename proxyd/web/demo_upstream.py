@@ -1,0 +1,306 @@
+"""The demo upstream: a labelled stand-in for a provider, at a realistic pace, on loopback only.
+
+Owns: its HTTP surface, the pace, and the faults it plays on request. Must not know: proxyd's configuration or workers.
+`proxyd --demo` runs it as a child; tests run `python -m proxyd.web.demo_upstream --port 0`, which prints its port.
+Never part of a configured node. Only loopback peers are answered, and with a key only who knows the key.
+
+Faults, for tests and for showing what a client sees: in the model's name (`demo-error-429`, `demo-cut-3`), in the
+prompt (`[demo: pace=5 words=200]`) or in the header `X-Demo-Scenario`, in this order; a later word overrides:
+
+    status=N     refuse with N          cut=N     reset after N events        delay=N   ms before the first byte
+    stall=N      silent after N events  burst     all events in few writes    pace=N    ms between events
+    words=N      N words more           no_usage  chat and completions: never tell usage
+
+`GET /demo/state` tells `requests`, `live` and `aborted` (clients that went away), so that a test can see what its proxy
+left running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hmac
+import ipaddress
+import re
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from proxyd.web import demo_answers as answers
+
+__all__ = ["Pace", "main", "serve"]
+
+# What the providers do on a good day: first token after a few hundred ms, then 20 to 50 tokens a second.
+DELAY_MS = 250
+PACE_MS = 40
+
+# A stall ends by itself after this, so that nothing of a test hangs for ever.
+STALL_S = 600.0
+# Prime and small: event boundaries and write boundaries never agree for long.
+BURST_PIECE_BYTES = 1013
+
+_WORDS = re.compile(r"([a-z_]+)(?:=([0-9]+))?")
+_IN_PROMPT = re.compile(r"\[demo: ([a-z_=0-9 ]+)\]")
+_IN_MODEL = re.compile(r"demo-(error|cut|stall|pace|words)-([0-9]+)")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Milliseconds before the first byte and between events."""
+
+    delay_ms: int = DELAY_MS
+    pace_ms: int = PACE_MS
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """What this answer does; -1 where nothing was asked for."""
+
+    status: int = 200
+    cut: int = -1
+    stall: int = -1
+    delay: int = DELAY_MS
+    pace: int = PACE_MS
+    words: int = 0
+    burst: bool = False
+    no_usage: bool = False
+
+
+@dataclass(slots=True)
+class Counts:
+    """What `GET /demo/state` tells."""
+
+    requests: int = 0
+    live: int = 0
+    aborted: int = 0
+
+
+@dataclass(slots=True)
+class _Demo:
+    key: str
+    pace: Pace
+    counts: Counts = field(default_factory=Counts)
+
+
+_DEMO: web.AppKey[_Demo] = web.AppKey("demo", _Demo)
+
+
+def decide_scenario(pace: Pace, model: str, prompt: str, header: str) -> Scenario:
+    """The faults asked for. Pure; words it does not know are ignored."""
+    chosen = Scenario(delay=pace.delay_ms, pace=pace.pace_ms)
+    in_model = _IN_MODEL.search(model)
+    asked = []
+    if in_model is not None:
+        asked.append(f"{'status' if in_model[1] == 'error' else in_model[1]}={in_model[2]}")
+    asked += [found[1] for found in _IN_PROMPT.finditer(prompt)]
+    asked.append(header.replace(",", " "))
+    for name, value in _WORDS.findall(" ".join(asked)):
+        change: dict[str, Any] = {}
+        if name in ("burst", "no_usage"):
+            change[name] = True
+        elif name in ("status", "cut", "stall", "delay", "pace", "words") and value:
+            change[name] = min(int(value), 1_000_000)
+        chosen = replace(chosen, **change)
+    return chosen
+
+
+def make_app(key: str = "", pace: Pace | None = None) -> web.Application:
+    """The application; paths are served with and without `/v1`, as base URLs differ between the dialects."""
+    app = web.Application(middlewares=[_guard], client_max_size=64 * 1024 * 1024)
+    app[_DEMO] = _Demo(key, pace or Pace())
+    for prefix in ("", "/v1"):
+        app.router.add_post(f"{prefix}/chat/completions", _answering(answers.chat))
+        app.router.add_post(f"{prefix}/completions", _answering(answers.completion))
+        app.router.add_post(f"{prefix}/responses", _answering(answers.response))
+        app.router.add_post(f"{prefix}/messages", _answering(answers.message))
+        app.router.add_post(f"{prefix}/embeddings", _embeddings)
+        app.router.add_post(f"{prefix}/messages/count_tokens", _count_tokens)
+        app.router.add_get(f"{prefix}/models", _models)
+    app.router.add_get("/demo/state", _state)
+    return app
+
+
+@web.middleware
+async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    demo = request.app[_DEMO]
+    try:
+        is_near = ipaddress.ip_address(request.remote or "").is_loopback
+    except ValueError:
+        is_near = False
+    if not is_near:
+        return _error(request, 403, "The demo upstream answers this machine only.")
+    given = request.headers.get("Authorization", "").removeprefix("Bearer ") or request.headers.get("X-Api-Key", "")
+    if demo.key and not hmac.compare_digest(given.encode(), demo.key.encode()):
+        return _error(request, 401, "The demo upstream does not know this key.")
+    return await handler(request)
+
+
+def _error(request: web.Request, status: int, text: str) -> web.Response:
+    kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 529: "overloaded_error"}.get(
+        status, "api_error" if status >= 500 else "invalid_request_error"
+    )
+    error: dict[str, Any] = {"type": kind, "message": text}
+    if "/messages" in request.path:
+        document: dict[str, Any] = {"type": "error", "error": error, "request_id": "req_demo"}
+    else:
+        document = {"error": {**error, "param": None, "code": kind}}
+    headers = {"Retry-After": "1"} if status in (429, 503, 529) else {}
+    return web.Response(
+        status=status, body=orjson.dumps(document), content_type="application/json", headers=headers
+    )
+
+
+async def _document(request: web.Request) -> dict[str, Any] | None:
+    try:
+        document = orjson.loads(await request.read())
+    except ValueError:
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _answering(answer: Callable[[answers.Question, bool], Any]) -> Handler:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        document = await _document(request)
+        if document is None:
+            return _error(request, 400, "The body is not a JSON object.")
+        demo = request.app[_DEMO]
+        header = request.headers.get("X-Demo-Scenario", "")
+        plain = answers.read_question(document)
+        scenario = decide_scenario(demo.pace, plain.model, plain.prompt, header)
+        question = answers.read_question(document, scenario.words)
+        demo.counts.requests += 1
+        demo.counts.live += 1
+        try:
+            await asyncio.sleep(scenario.delay / 1000)
+            if scenario.status != 200:
+                return _error(request, scenario.status, f"The demo was asked to answer {scenario.status}.")
+            if not document.get("stream"):
+                whole = answer(question, False)
+                if scenario.no_usage:
+                    whole.pop("usage", None)
+                return _json(whole)
+            if scenario.no_usage:
+                question = replace(question, is_usage_wanted=False)
+            return await _stream(request, answer(question, True), scenario)
+        except (asyncio.CancelledError, ConnectionError):
+            demo.counts.aborted += 1
+            raise
+        finally:
+            demo.counts.live -= 1
+
+    return handle
+
+
+async def _stream(request: web.Request, events: list[bytes], scenario: Scenario) -> web.StreamResponse:
+    response = web.StreamResponse(
+        headers={"Content-Type": "text/event-stream; charset=utf-8", "X-Request-Id": "req_demo"}
+    )
+    await response.prepare(request)
+    if scenario.burst:
+        everything = b"".join(events)
+        for at in range(0, len(everything), BURST_PIECE_BYTES):
+            await response.write(everything[at : at + BURST_PIECE_BYTES])
+        await response.write_eof()
+        return response
+    for number, event in enumerate(events):
+        if number == scenario.cut:
+            # Without the last chunk: what a crashed provider looks like.
+            if request.transport is not None:
+                request.transport.abort()
+            return response
+        if number == scenario.stall:
+            await asyncio.sleep(STALL_S)
+        await response.write(event)
+        if scenario.pace:
+            await asyncio.sleep(scenario.pace / 1000)
+    await response.write_eof()
+    return response
+
+
+def _json(document: dict[str, Any]) -> web.Response:
+    return web.Response(
+        body=orjson.dumps(document), content_type="application/json", headers={"X-Request-Id": "req_demo"}
+    )
+
+
+async def _embeddings(request: web.Request) -> web.StreamResponse:
+    document = await _document(request)
+    if document is None:
+        return _error(request, 400, "The body is not a JSON object.")
+    return _json(answers.embeddings(document))
+
+
+async def _count_tokens(request: web.Request) -> web.StreamResponse:
+    document = await _document(request)
+    if document is None:
+        return _error(request, 400, "The body is not a JSON object.")
+    return _json({"input_tokens": answers.read_question(document).prompt_tokens})
+
+
+async def _models(request: web.Request) -> web.StreamResponse:
+    return _json(answers.models())
+
+
+async def _state(request: web.Request) -> web.StreamResponse:
+    counts = request.app[_DEMO].counts
+    return _json({"requests": counts.requests, "live": counts.live, "aborted": counts.aborted})
+
+
+async def serve(listener: socket.socket, key: str, pace: Pace, stop: asyncio.Event) -> None:
+    """Answers on `listener` (bound to loopback) until `stop`; what runs then is ended at once."""
+    # A client that leaves cancels its handler: the pace of an answer nobody reads must not keep it alive.
+    runner = web.AppRunner(
+        make_app(key, pace), handle_signals=False, access_log=None, handler_cancellation=True, shutdown_timeout=0.1
+    )
+    await runner.setup()
+    await web.SockSite(runner, listener).start()
+    try:
+        await stop.wait()
+    finally:
+        await runner.cleanup()
+
+
+def listen(port: int = 0) -> socket.socket:
+    """A listener on loopback; port 0 lets the kernel choose."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+        listener.listen(512)
+    except OSError:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m proxyd.web.demo_upstream`: prints `PORT` on a line of its own and serves until it is ended."""
+    parser = argparse.ArgumentParser(prog="python -m proxyd.web.demo_upstream", description="a stand-in provider")
+    parser.add_argument("--port", type=int, default=0, help="0: one that is free")
+    parser.add_argument("--key", default="", help="the bearer key or x-api-key to ask for")
+    parser.add_argument("--delay-ms", type=int, default=DELAY_MS)
+    parser.add_argument("--pace-ms", type=int, default=PACE_MS)
+    args = parser.parse_args(argv)
+    listener = listen(args.port)
+    print(listener.getsockname()[1], flush=True)  # noqa: T201 - this is a command's answer
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (2, 15):
+            loop.add_signal_handler(number, stop.set)
+        await serve(listener, args.key, Pace(args.delay_ms, args.pace_ms), stop)
+
+    asyncio.run(run())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
