@@ -11,7 +11,7 @@ import pytest
 from proxyd.access.cookies import Via
 from proxyd.access.mint import MintError, mint
 from proxyd.access.session import Sessions
-from proxyd.cli.token import main
+from proxyd.cli.main import main
 from proxyd.clock import SYSTEM
 from proxyd.config.secrets import Secret, Secrets
 from tests.unit.access.keys import NOW, SECRET, auth_for, clock_at_now, secrets_for, sessions_for
@@ -77,7 +77,7 @@ def config_file(tmp_path: Path) -> Path:
 
 
 def test_the_command_prints_the_token_alone(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["-c", str(config_file), "--user", "7", "--tenant", "acme", "--quota", "100", "--ttl", "2m"])
+    code = main(["token", "-c", str(config_file), "--user", "7", "--tenant", "acme", "--quota", "100", "--ttl", "2m"])
     printed = capsys.readouterr()
     assert (code, printed.err) == (0, "")
     assert printed.out.endswith("\n")
@@ -89,23 +89,24 @@ def test_the_command_prints_the_token_alone(config_file: Path, capsys: pytest.Ca
 
 def test_the_command_says_what_is_wrong_without_a_secret(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = config_file.parent / "missing.toml"
-    assert main(["-c", str(missing), "--user", "7"]) == 2
+    assert main(["token", "-c", str(missing), "--user", "7"]) == 2
     assert str(missing) in capsys.readouterr().err
-    assert main(["-c", str(config_file), "--user", "-7"]) == 1
+    assert main(["token", "-c", str(config_file), "--user", "7", "--tenant", "a b"]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
     assert SECRET.decode() not in printed.err
     (config_file.parent / "jwt.secret").write_bytes(b"short")
-    assert main(["-c", str(config_file), "--user", "7"]) == 1
+    assert main(["token", "-c", str(config_file), "--user", "7"]) == 1
     printed = capsys.readouterr()
     assert "secret" in printed.err
     assert "short\n" not in printed.err
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--user", "x"], ["--user", "1", "--ttl", "60"], ["--user", "1", "--quota", "many"]]
+    "arguments",
+    [[], ["--user", "x"], ["--user", "1", "--ttl", "60"], ["--user", "1", "--quota", "many"], ["--user", "-1"]],
 )
 def test_arguments_that_are_not_understood_exit_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(arguments)
+        main(["token", *arguments])
     assert ended.value.code == 2
