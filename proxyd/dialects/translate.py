@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -69,7 +70,9 @@ class Translator:
     def __init__(self, inner: Observer, ask: Ask, *, request_id: str, epoch: int) -> None:
         self.watch = None
         self._inner = inner
-        self._ask = ask
+        self._ask = replace(
+            ask, body=b"", document={}
+        )  # a prompt of megabytes is not kept for as long as its answer runs
         self._request_id = request_id
         self._epoch = epoch
         self._n = 0
@@ -159,6 +162,7 @@ class Translator:
             return b""
         frames = b"".join(self._frames(self._payloads(self._inner.document)))
         if self._inner.error is not None:
+            self.finish(True, self._counted)
             return frames + self.error_event(self._inner.error)
         if self._inner.terminal:
             return frames + self._end(True)
