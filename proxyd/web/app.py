@@ -223,9 +223,15 @@ async def _models(request: web.Request) -> web.StreamResponse:
     return response
 
 
+def _is_loopback(host: str) -> bool:
+    # A name of somebody else's that leads here (DNS rebinding) would get the demo's session for its own pages.
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    return name in ("127.0.0.1", "localhost", "[::1]")
+
+
 async def _page(request: web.Request) -> web.StreamResponse:
     context = request.app[_CONTEXT]
     response = web.Response(body=page_bytes(), headers=PAGE_HEADERS)
-    if context.page_cookie:
+    if context.page_cookie and _is_loopback(request.host):
         response.headers["Set-Cookie"] = context.page_cookie
     return response

@@ -22,6 +22,7 @@ import asyncio
 import hmac
 import ipaddress
 import re
+import signal
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,9 +31,10 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from proxyd.host.child import Birth
 from proxyd.web import demo_answers as answers
 
-__all__ = ["Pace", "main", "serve"]
+__all__ = ["Pace", "decide_scenario", "listen", "main", "make_app", "run_child", "serve"]
 
 # What the providers do on a good day: first token after a few hundred ms, then 20 to 50 tokens a second.
 DELAY_MS = 250
@@ -280,6 +282,25 @@ def listen(port: int = 0) -> socket.socket:
     return listener
 
 
+def run_child(birth: Birth, listener: socket.socket, key: str) -> int:
+    """The body of the demo's extra child: serves until TERM, or until the master is gone."""
+
+    async def body() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, stop.set)
+        # Ctrl-C reaches the whole process group; who ends when is the master's decision.
+        loop.add_signal_handler(signal.SIGINT, lambda: None)
+        loop.add_reader(birth.lifeline_fd, stop.set)
+        try:
+            await serve(listener, key, Pace(), stop)
+        finally:
+            loop.remove_reader(birth.lifeline_fd)
+
+    asyncio.run(body())
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m proxyd.web.demo_upstream`: prints `PORT` on a line of its own and serves until it is ended."""
     parser = argparse.ArgumentParser(prog="python -m proxyd.web.demo_upstream", description="a stand-in provider")
@@ -294,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     async def run() -> None:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
-        for number in (2, 15):
+        for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
         await serve(listener, args.key, Pace(args.delay_ms, args.pace_ms), stop)
 
