@@ -14,7 +14,7 @@ from __future__ import annotations
 import orjson
 
 from proxyd._scan import members
-from proxyd.dialects.ask import Ask, Route, key_name
+from proxyd.dialects.ask import Ask, Route, key_name, top_members
 
 _OPTIONS = b'{"include_usage":true}'
 _ASKING = (Route.CHAT, Route.COMPLETIONS)
@@ -40,7 +40,7 @@ def spliced(ask: Ask, upstream_model: str, inject: bool) -> bytes:
     if not rename and not inject:
         return ask.body
     body = ask.body
-    top = members(body)
+    top = top_members(body)
     named = {key_name(body[span[0] : span[1]]): span for span in top}
     edits: list[Edit] = []
     if rename:

@@ -85,6 +85,19 @@ def test_members_that_we_do_not_read_pass_however_often_they_stand() -> None:
     assert built(body) is body
 
 
+@pytest.mark.parametrize("extra", [b"", b',"\\u0061":1', b',"model ":"model"'])
+def test_a_body_of_endless_members_is_refused(extra: bytes) -> None:
+    body = b'{"model":"m","stream":true' + b',"":0' * 2000 + extra + b"}"
+    with pytest.raises(Refusal, match="members") as caught:
+        built(body, model="other")
+    assert caught.value.status == 400
+
+
+def test_a_name_may_stand_as_a_value_too() -> None:
+    body = b'{"model":"model","stream":true,"user":"stream","x":["messages","messages"],"y":{"model":1}}'
+    assert orjson.loads(built(body, inject=False, model="b")) == {**orjson.loads(body), "model": "b"}
+
+
 def test_a_lone_surrogate_escape_passes_as_the_providers_take_it() -> None:
     body = b'{"model":"m","messages":[{"role":"user","content":"cut \\ud83d"}]}'
     ask = parse_ask(Route.CHAT, body)

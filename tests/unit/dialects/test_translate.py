@@ -235,13 +235,12 @@ def test_an_error_of_the_relay_ends_the_stream_once() -> None:
     assert made.ending(True) == b""
 
 
-@pytest.mark.parametrize("status", [200])
-def test_a_json_answer_is_told_in_the_same_events(status: int) -> None:
+def test_a_json_answer_is_told_in_the_same_events() -> None:
     made = translator()
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     message = {"role": "assistant", "content": "Hi", "refusal": None, "reasoning": "hm", "tool_calls": [call]}
     body = {"model": "m", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage(3, 1)}
-    made.on_body("application/json", status, orjson.dumps(body))
+    made.on_body("application/json", 200, orjson.dumps(body))
     frames = read(made.ending(True))
     assert [data for name, data in frames if not name] == [
         {"kind": "reasoning", "delta": "hm"},
@@ -252,7 +251,7 @@ def test_a_json_answer_is_told_in_the_same_events(status: int) -> None:
     assert frames[3][1]["prompt_tokens"] == 3
 
     made = translator("anthropic")
-    made.on_body("application/json", status, case_named("json/anthropic-message-200.body").body)
+    made.on_body("application/json", 200, case_named("json/anthropic-message-200.body").body)
     frames = read(made.ending(True))
     assert [data for _, data in frames] == [
         {"delta": "Hi"},
