@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 import pytest
@@ -150,6 +151,12 @@ def test_no_usable_key_at_all_is_an_error_at_start() -> None:
 # -- remote keys
 
 
+@cache
+def signed_once(kid: str, key: str) -> bytes:
+    """The same bytes on every call: an ECDSA signature made anew is another token, which nobody remembers."""
+    return token("ES256", header={"kid": kid}, key=ec_key(key))
+
+
 class Issuer:
     """A JWKS endpoint that we play: it counts fetches and answers when told to."""
 
@@ -168,7 +175,7 @@ class Issuer:
         return self.remote.on_document(json.dumps({"keys": entries}).encode())
 
     def ask(self, kid: str, key: str) -> Any:
-        return self.sessions.verify(token("ES256", header={"kid": kid}, key=ec_key(key)), Via.BEARER)
+        return self.sessions.verify(signed_once(kid, key), Via.BEARER)
 
     def refusal(self, kid: str, key: str = "first") -> Refusal:
         with pytest.raises(Refusal) as refused:

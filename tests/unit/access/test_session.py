@@ -12,6 +12,7 @@ from jose import jwt
 from proxyd.access.cookies import Via
 from proxyd.access.jwks import VerifyKey
 from proxyd.access.session import OFF_SESSION, Sessions
+from proxyd.access.token import MAX_CLAIMS_CONTAINERS, MAX_HEADER_CONTAINERS
 from proxyd.config.schema import Auth
 from proxyd.config.secrets import Secrets
 from proxyd.errors import Refusal
@@ -94,6 +95,19 @@ def test_what_an_honest_issuer_may_write_is_accepted(more: dict[str, object]) ->
 )
 def test_harmless_header_members_are_ignored(header: dict[str, object]) -> None:
     assert sessions_for().authenticate(bearer(token(header=header)))
+
+
+@pytest.mark.parametrize("part, most", [("header", MAX_HEADER_CONTAINERS), ("claims", MAX_CLAIMS_CONTAINERS)])
+def test_nesting_is_accepted_to_its_limit_and_no_further(part: str, most: int) -> None:
+    def nested(levels: int) -> bytes:
+        deep: object = 1
+        for _ in range(levels - 1):  # the part itself is one
+            deep = [deep]
+        return token(header={"x": deep}) if part == "header" else token(x=deep)
+
+    assert sessions_for().authenticate(bearer(nested(most)))
+    refusal = refusal_of(sessions_for(), nested(most + 1))
+    assert (refusal.status, refusal.code) == (403, "invalid_token")
 
 
 def test_json_white_space_inside_the_parts_is_json() -> None:
