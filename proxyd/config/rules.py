@@ -229,13 +229,13 @@ def _streams(config: Config) -> Iterator[Problem]:
         yield Problem("error", ("stream", "turn_bytes"), "is above stream.buffer, which must hold a turn", "lower it")
 
 
-_CONDITION = re.compile(r"([a-z0-9_]+) *(>=|>|<=|<) *(\d+(?:\.\d+)?)(?:(ms|s|m|h|%)|/(s|min|h))?")
+_CONDITION = re.compile(r"([a-z0-9_]+) *(>=|>|<=|<) *([0-9]+(?:[.][0-9]+)?)(?:(ms|s|m|h|%)|/(s|min|h))?")
 _QUANTITIES = (
     "queue_depth", "backpressure_events", "requests", "streams_active", "client_aborts", "upstream_errors",
     "upstream_connections", "upstream_reuse_ratio", "breaker_state", "telemetry_lag", "telemetry_spool_bytes",
     "worker_restarts", "loop_lag", "sockets_time_wait", "tokens",
 )  # fmt: skip
-_LATENCY = re.compile(r"p\d{2,4}_(?:latency|relay_lag|time_to_first_event|task_ack|loop_lag|telemetry_lag)")
+_LATENCY = re.compile(r"p[0-9]{2,4}_(?:latency|relay_lag|time_to_first_event|task_ack|loop_lag|telemetry_lag)")
 
 
 def _monitoring(config: Config) -> Iterator[Problem]:

@@ -204,7 +204,7 @@ class _Reader:
         if len(data) > MAX_SECRET_BYTES:
             self.error(key, f"{source} is larger than {MAX_SECRET_BYTES} bytes", "name the file that holds the secret")
             return None
-        data = data.removesuffix(b"\n").removesuffix(b"\r")
+        data = data.removesuffix(b"\r\n" if data.endswith(b"\r\n") else b"\n")
         if not data:
             self.error(key, f"{source} is empty", "write the secret into it")
             return None

@@ -18,7 +18,7 @@ _MEANT = {"sec": "s", "secs": "s", "min": "m", "mins": "m", "hr": "h", "day": "d
     "g": "GiB", "gb": "GiB", "gib": "GiB", "t": "TiB", "tb": "TiB", "tib": "TiB",
 }  # fmt: skip
 
-_NUMBER = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)[ ]?([A-Za-z]*)")
+_NUMBER = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)[ ]?([A-Za-z]*)")
 
 
 class UnitError(ValueError):

@@ -98,7 +98,7 @@ def parse_listen(value: Any) -> Listen:
         if len(os.fsencode(path)) > MAX_UNIX_PATH:
             refuse(f"the path is longer than {MAX_UNIX_PATH} bytes", "choose a shorter one")
         return Listen("unix", path=path)
-    match = re.fullmatch(r"(?:\[([^\]]*)\]|([^:\[\]]+)):(\d{1,5})", value)
+    match = re.fullmatch(r"(?:\[([^\]]*)\]|([^:\[\]]+)):([0-9]{1,5})", value)
     if match is None:
         refuse(f'"{value}" is not an address', _LISTEN_REMEDY)
     host, port = match[1] or match[2] or "", int(match[3])
@@ -228,7 +228,7 @@ def http_url_or_none(value: Any) -> str:
 
 def web_origin(value: Any) -> str:
     """An origin as a browser sends it: scheme://host[:port], lower-cased."""
-    if isinstance(value, str) and re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)(:\d{1,5})?", value):
+    if isinstance(value, str) and re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)(:[0-9]{1,5})?", value):
         return value.lower()
     refuse("is not an origin", 'write scheme and host without a path: "https://www.example.com"')
 
