@@ -44,9 +44,9 @@ class AnthropicObserver(Observer):
         if kind == "error" or name == b"error" or document.get("error"):
             nested = document.get("error")
             if nested:
-                self._fail(read_error_value(nested))
+                self.fail(read_error_value(nested))
             else:
-                self._fail(make_error(document.get("message", document), None, document.get("code")))
+                self.fail(make_error(document.get("message", document), None, document.get("code")))
         elif kind == "message_start":
             message = document.get("message")
             if isinstance(message, dict):

@@ -109,13 +109,12 @@ def parse_ask(route: Route, body: bytes) -> Ask:
         _refuse("model", "you must provide a model", "missing_required_parameter")
     if not isinstance(model, str) or not model.strip():
         _refuse("model", "model must be a non-empty string", "invalid_type")
-    stream = document.get("stream")
+    stream = document.get("stream") if "stream" in _READ[route] else None
     if stream is not None and not isinstance(stream, bool):
         _refuse("stream", "stream must be true or false", "invalid_type")
-    streams = stream is True and route not in (Route.EMBEDDINGS, Route.COUNT_TOKENS)
     options = document.get("stream_options")
     asked = isinstance(options, dict) and options.get("include_usage") is True
-    return Ask(route, model, streams, body, document, prompt_text_bytes(document), asked)
+    return Ask(route, model, stream is True, body, document, prompt_text_bytes(document), asked)
 
 
 def _load(body: bytes) -> dict[str, Any]:

@@ -40,14 +40,17 @@ def build(ask: Ask, dialect: Dialect, upstream_model: str, inject_usage: bool) -
     """What to send upstream. `upstream_model` "" keeps the client's name (the site's route needs one).
 
     Native routes keep the client's bytes but for the splices; with none the body is the identical object. Build
-    again with `inject_usage=False` for the one resend after is_usage_rejection().
+    again with `inject_usage=False` for the one resend after is_usage_rejection(); the site's route is asked for
+    usage, and resent without, in the same way.
     """
     path = (_OPENAI_PATHS if dialect == "openai" else _ANTHROPIC_PATHS)[ask.route]
     if ask.route is Route.STREAM:
         model = upstream_model or ask.model
         assert model, "the site's route is built with a model's name"
-        body = (openai_chat if dialect == "openai" else anthropic).site_request(ask, model)
-        return Outgoing(path, body, injected=False, translate=True)
+        if dialect == "anthropic":
+            return Outgoing(path, anthropic.site_request(ask, model), injected=False, translate=True)
+        body = openai_chat.site_request(ask, model, ask_usage=inject_usage)
+        return Outgoing(path, body, injected=inject_usage, translate=True)
     inject = inject_usage and wants_usage(ask)
     return Outgoing(path, spliced(ask, upstream_model, inject), injected=inject, translate=False)
 

@@ -46,6 +46,7 @@ class Observer:
         "tail_usage",
         "terminal",
         "text_bytes",
+        "unread",
         "usage",
         "usage_source",
         "watch",
@@ -68,6 +69,7 @@ class Observer:
         self.terminal = False
         self.refused = False
         self.tail_usage = False
+        self.unread = False
 
     # --- entries --------------------------------------------------------------------------------------------------
 
@@ -96,10 +98,14 @@ class Observer:
         self.tail_usage = self.raw_usage is not before
 
     def on_body(self, content_type: str, status: int, body: bytes) -> None:
-        """A whole answer that is no event stream: JSON, NDJSON, or a refusal of any kind."""
+        """A whole answer that is no event stream: JSON, NDJSON, or a refusal of any kind.
+
+        JSON that cannot be read (cut at a cap, or none) is an answer all the same: complete when its framing was, its
+        usage unknown.
+        """
         if status >= 400:
             self.refused = True
-            self._fail(read_error_body(status, body))
+            self.fail(read_error_body(status, body))
             return
         if media_kind(content_type) is NDJSON:
             for line in body.split(b"\n"):
@@ -107,11 +113,12 @@ class Observer:
             return
         document = self._parse(body.strip(_SPACE))
         if document is None:
+            self.unread = True
             return
         self.document = document
         error = read_error(document)
         if error is not None:
-            self._fail(error)
+            self.fail(error)
         if "done" in document and "choices" not in document:
             self._on_ollama(document)
         else:
@@ -122,7 +129,7 @@ class Observer:
         self.text_bytes = max(text_bytes, self.body_text_bytes)
         if self.error is not None:
             self.outcome = "error"
-        elif self.terminal or (clean and self._is_whole()):
+        elif self.terminal or (clean and (self.unread or self._is_whole())):
             self.outcome = "completed"
         else:
             self.outcome = "truncated"
@@ -159,7 +166,8 @@ class Observer:
         """Where the numbers of a completed answer came from."""
         return "provider_tail" if self.tail_usage else "provider"
 
-    def _fail(self, error: Error) -> None:
+    def fail(self, error: Error) -> None:
+        """Keep the first error."""
         if self.error is None:
             self.error = error
 
@@ -176,7 +184,7 @@ class Observer:
         document = self._parse(data)
         if document is None:
             if name == b"error":
-                self._fail(make_error(data[:1024].decode("utf-8", "replace")))
+                self.fail(make_error(data[:1024].decode("utf-8", "replace")))
             return None
         self.document = document
         return self._on_document(name, document)
@@ -189,7 +197,7 @@ class Observer:
             error = make_error(
                 document.get("message"), document.get("type"), document.get("code"), document.get("param")
             )
-        self._fail(error or make_error(value[:1024].decode("utf-8", "replace")))
+        self.fail(error or make_error(value[:1024].decode("utf-8", "replace")))
 
     def _on_line(self, line: bytes) -> None:
         line = line.strip(_SPACE)
@@ -200,7 +208,7 @@ class Observer:
             return
         error = read_error(document)
         if error is not None:
-            self._fail(error)
+            self.fail(error)
         else:
             self._on_ollama(document)
 

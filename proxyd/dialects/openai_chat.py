@@ -66,7 +66,7 @@ class ChatObserver(Observer):
                 document.get("message", document), document.get("type"), document.get("code"), document.get("param")
             )
         if error is not None:
-            self._fail(error)
+            self.fail(error)
         self._name_model(document.get("model"))
         choices = listed(document.get("choices"))
         indices = [self._on_choice(choice) for choice in choices if isinstance(choice, dict)]
@@ -173,8 +173,11 @@ def _choice_length(choice: dict[str, Any]) -> int:
     return total
 
 
-def site_request(ask: Ask, model: str) -> bytes:
-    """The chat request of the site's route; `model` is the upstream's name for it."""
+def site_request(ask: Ask, model: str, *, ask_usage: bool) -> bytes:
+    """The chat request of the site's route; `model` is the upstream's name for it.
+
+    `ask_usage` is off for an upstream that refused `stream_options` (Mistral answers 422).
+    """
     document = ask.document
     messages: list[Any] = []
     if document.get("system"):
@@ -184,7 +187,8 @@ def site_request(ask: Ask, model: str) -> bytes:
     else:
         messages.append({"role": "user", "content": document["prompt"]})
     request: dict[str, Any] = {"model": model, "messages": messages, "stream": True}
-    request["stream_options"] = {"include_usage": True}
+    if ask_usage:
+        request["stream_options"] = {"include_usage": True}
     for name in ("max_tokens", "temperature"):
         if document.get(name) is not None:
             request[name] = document[name]

@@ -37,9 +37,9 @@ class ResponsesObserver(Observer):
         if kind == "error" or name == b"error" or (document.get("error") and not isinstance(response, dict)):
             nested = document.get("error")
             if nested:
-                self._fail(read_error_value(nested))
+                self.fail(read_error_value(nested))
             else:  # the documented, flat form; its `type` is the event's
-                self._fail(make_error(document.get("message"), None, document.get("code"), document.get("param")))
+                self.fail(make_error(document.get("message"), None, document.get("code"), document.get("param")))
         if isinstance(response, dict):
             self._on_response(response, kind)
             if kind in _TERMINAL:
@@ -68,7 +68,7 @@ class ResponsesObserver(Observer):
         elif kind == "response.cancelled":
             self.finish_reason = "cancelled"
         elif kind == "response.failed":
-            self._fail(read_error_value(response.get("error") or {"message": "the response failed"}))
+            self.fail(read_error_value(response.get("error") or {"message": "the response failed"}))
 
 
 def _item_length(item: dict[str, Any]) -> int:

@@ -176,7 +176,9 @@ class Translator:
         """A JSON answer to the stream that was asked for: told by `ending()`."""
         self._inner.on_body(content_type, status, body)
         document = self._inner.document
-        if document is not None and self._inner.error is None:
+        if document is None and self._inner.error is None:
+            self._inner.fail(make_error("the upstream's answer cannot be read", "api_error", "upstream_unreadable"))
+        elif document is not None and self._inner.error is None:
             self._pending = b"".join(self._frames(self._body_payloads(document)))
 
     def finish(self, clean: bool, text_bytes: int) -> None:

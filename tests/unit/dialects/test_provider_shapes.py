@@ -291,6 +291,8 @@ def test_a_body_cut_at_the_cap_is_unknown_but_not_an_error() -> None:
     seen.on_body("application/json", 200, b'{"choices":[{"mess')
     seen.finish(False, 0)
     assert (seen.outcome, seen.parse_errors, seen.usage_source) == ("truncated", 1, "none")
+    seen.finish(True, 0)
+    assert (seen.outcome, seen.usage_source) == ("completed", "none")
 
 
 def test_an_ndjson_answer_without_a_prompt_count_is_partly_known() -> None:

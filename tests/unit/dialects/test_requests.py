@@ -327,7 +327,7 @@ def test_a_site_request_without_a_model_leaves_the_choice_open_and_always_stream
 def test_a_site_prompt_becomes_a_chat_request_that_asks_for_usage() -> None:
     ask = site({"prompt": "hi", "system": "be brief", "max_tokens": 9, "temperature": 0.5, "model": "m"})
     outgoing = build(ask, "openai", "up", True)
-    assert (outgoing.path, outgoing.translate, outgoing.injected) == ("/chat/completions", True, False)
+    assert (outgoing.path, outgoing.translate, outgoing.injected) == ("/chat/completions", True, True)
     assert orjson.loads(outgoing.body) == {
         "model": "up",
         "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}],
@@ -336,6 +336,12 @@ def test_a_site_prompt_becomes_a_chat_request_that_asks_for_usage() -> None:
         "max_tokens": 9,
         "temperature": 0.5,
     }
+
+
+def test_a_site_request_can_be_sent_again_without_asking_for_usage() -> None:
+    outgoing = build(site({"prompt": "hi"}), "openai", "up", False)
+    assert not outgoing.injected
+    assert "stream_options" not in orjson.loads(outgoing.body)
 
 
 def test_a_site_prompt_becomes_an_anthropic_request() -> None:
