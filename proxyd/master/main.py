@@ -59,6 +59,14 @@ _NODE_EDGES: dict[NodePhase, frozenset[NodePhase]] = {
     NodePhase.CLOSING: frozenset({NodePhase.ENDED}),
     NodePhase.ENDED: frozenset(),
 }
+# What `status` shows of the node.
+_STATES: dict[NodePhase, State] = {
+    NodePhase.STARTING: State.STARTING,
+    NodePhase.SERVING: State.READY,
+    NodePhase.DRAINING: State.DRAINING,
+    NodePhase.CLOSING: State.DRAINING,
+    NodePhase.ENDED: State.GONE,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +104,7 @@ class Master:
         self._slots += [Slot(-1, child, is_worker=False, has_beats=False) for child in spec.extra_children]
         self._metrics = Metrics(self._region, self._region.slots - 1)
         self._restarts = self._metrics.counter("proxyd_worker_restarts_total")
+        self._beat = Beat(self._region, self._region.slots - 1)
         self._phase = NodePhase.STARTING
         self._exit_code = 0
         self._deadline = 0.0
@@ -114,6 +123,8 @@ class Master:
         gc.disable()
         gc.freeze()
         self._set_title("master")
+        self._beat.birth(0, new_epoch(), time.monotonic())
+        self._beat.birth(os.getpid(), 0, 0.0)
         self._checked_at = self._pinged_at = time.monotonic()
         try:
             self._loop()
@@ -351,6 +362,7 @@ class Master:
         if phase not in _NODE_EDGES[self._phase]:
             raise RuntimeError(f"no way from {self._phase.value} to {phase.value}")
         self._phase = phase
+        self._beat.enter(_STATES[phase])
 
     def _set_title(self, title: str) -> None:
         if title != self._title:

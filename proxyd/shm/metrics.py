@@ -212,10 +212,12 @@ class Distribution:
 
 @dataclass(slots=True)
 class Snapshot:
-    """The node's series. `counters` and `gauges` are name -> labels -> sum over slots."""
+    """The node's series. `counters` and `gauges` are name -> labels -> sum over slots; `highest` is the same of
+    gauges with the highest slot instead of the sum: for states, which do not add up."""
 
     counters: dict[str, dict[Labels, int]] = field(default_factory=dict)
     gauges: dict[str, dict[Labels, int]] = field(default_factory=dict)
+    highest: dict[str, dict[Labels, int]] = field(default_factory=dict)
     histograms: dict[str, Distribution] = field(default_factory=dict)
     last_minute: dict[str, Distribution] = field(default_factory=dict)
 
@@ -235,8 +237,10 @@ def read(region: Region, monotonic_s: float, slots: Iterable[int] | None = None)
             if kind == HISTOGRAM:
                 _read_histogram(region, histograms + value * HISTOGRAM_BYTES, name, now, snapshot)
                 continue
-            if kind == GAUGE and value >> 63:
-                value -= 1 << 64
+            if kind == GAUGE:
+                value -= (value >> 63) << 64
+                tops = snapshot.highest.setdefault(name, {})
+                tops[labels] = max(tops.get(labels, value), value)
             family = (snapshot.counters if kind == COUNTER else snapshot.gauges).setdefault(name, {})
             family[labels] = family.get(labels, 0) + value
     return snapshot

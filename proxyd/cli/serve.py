@@ -1,0 +1,98 @@
+"""Starts the daemon: binds, makes the shared memory, and gives the master its children.
+
+Owns the composition of `master`, `worker` and `telemetry`, which do not know each other. Must not know argv, files
+or secrets' places: `cli.main` and `cli.demo` bring a checked configuration. Exit codes: the master's own; 1 when an
+address or the file limit refuses. Importing this imports every room: the workers share what the master loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import select
+import sys
+from collections.abc import Callable
+
+from proxyd.clock import SYSTEM
+from proxyd.config.schema import Config
+from proxyd.config.secrets import Secrets
+from proxyd.host import limits
+from proxyd.host.child import Birth, ChildSpec
+from proxyd.host.sockets import Listeners
+from proxyd.host.systemd import Notifier
+from proxyd.log import Log
+from proxyd.master.main import Master, MasterSpec
+from proxyd.shm.region import Region
+from proxyd.telemetry import writer
+from proxyd.worker.main import Context, Services, run_telemetry, run_worker
+from proxyd.worker.services import Blueprint, build
+
+# The workers of a master that was killed a moment ago close their listeners as soon as they notice; nginx waits too.
+BIND_PATIENCE_S = 1.0
+BIND_RETRY_MS = 50
+
+
+def run(
+    config: Config,
+    secrets: Secrets,
+    log: Log,
+    *,
+    extra_children: tuple[ChildSpec, ...] = (),
+    page_cookie: str = "",
+    on_ready: Callable[[], None] = lambda: None,
+) -> int:
+    """Serves until a signal ends it; returns the exit code. `on_ready` is called in the master, once."""
+    server = config.server
+    allowed = limits.raise_open_files()
+    files = limits.decide(sum(upstream.max_connections for upstream in config.upstream), allowed)
+    if files.warning:
+        print(f"proxyd: {files.warning}", file=sys.stderr)
+    if not files.is_enough:
+        return 1
+    try:
+        listeners = _bind(config)
+    except OSError as error:
+        print(f"proxyd: {error.strerror or error}", file=sys.stderr)
+        return 1
+    region = Region.create(server.workers + 2, SYSTEM.wall())
+    blueprint = Blueprint(config, secrets, listeners, page_cookie)
+
+    def worker(birth: Birth) -> int:
+        async def build_services(context: Context) -> Services:
+            return await build(context, blueprint)
+
+        return run_worker(birth, region, log, server.drain_timeout, build_services)
+
+    def telemetry(birth: Birth) -> int:
+        async def serve(context: Context, stop: asyncio.Event) -> None:
+            await writer.run(config, secrets, context.metrics, context.log, stop, clock=context.clock)
+
+        return run_telemetry(birth, region, log, serve)
+
+    spec = MasterSpec(
+        region=region,
+        listeners=listeners,
+        workers=server.workers,
+        run_worker=worker,
+        telemetry=ChildSpec("telemetry", telemetry),
+        extra_children=extra_children,
+        drain_timeout_s=server.drain_timeout,
+        notifier=Notifier(os.environ),
+        on_ready=on_ready,
+    )
+    return Master(spec, log).run()
+
+
+def _bind(config: Config) -> Listeners:
+    """Raises OSError with the address in its text."""
+    server = config.server
+    deadline = SYSTEM.monotonic() + BIND_PATIENCE_S
+    while True:
+        try:
+            return Listeners(server.listen, [server.admin], server.workers, server.backlog)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or SYSTEM.monotonic() > deadline:
+                raise
+        # Not a loop of the master's: nothing runs yet that could be held up, and a signal ends the process.
+        select.poll().poll(BIND_RETRY_MS)

@@ -1,0 +1,163 @@
+"""`proxyd status`: the running daemon's state, asked over its admin listener.
+
+Owns the request and the page for people. Must not know what the numbers mean to the daemon. Exit codes: 0 shown,
+1 the daemon does not answer or the configuration has errors, 2 the file cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from proxyd.config.load import load
+from proxyd.config.values import Listen
+from proxyd.errors import ConfigError
+
+TIMEOUT_S = 5.0
+MAX_ANSWER_BYTES = 16 * 1024 * 1024
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(TIMEOUT_S)
+        self.sock.connect(self._path)
+
+
+def run(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> int:
+    """Prints the state on stdout; messages go to stderr."""
+    try:
+        admin = load(args.config, environ).server.admin
+    except OSError as error:
+        return _fail(2, f"cannot read {args.config}: {error.strerror}; name the daemon's file: -c FILE")
+    except ConfigError as error:
+        return _fail(1, str(error))
+    try:
+        answer = fetch(admin)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return _fail(1, f"not running: nothing listens on {admin.text}")
+    except PermissionError:
+        return _fail(1, f"may not connect to {admin.text}: ask as root or as the daemon's user or group")
+    except TimeoutError:
+        return _fail(1, f"{admin.text} does not answer within {TIMEOUT_S:g} s: every worker is busy or stuck")
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        return _fail(1, f"{admin.text} does not answer as proxyd does: {error}")
+    print(orjson.dumps(answer, option=orjson.OPT_INDENT_2).decode() if getattr(args, "json", False) else page(answer))
+    return 0
+
+
+def fetch(admin: Listen) -> dict[str, Any]:
+    """The document of GET /status. Raises OSError, HTTPException, or ValueError for another answer."""
+    connection: http.client.HTTPConnection
+    if admin.kind == "unix":
+        connection = _UnixConnection(admin.path)
+    else:
+        connection = http.client.HTTPConnection(admin.host, admin.port, timeout=TIMEOUT_S)
+    try:
+        connection.request("GET", "/status")
+        response = connection.getresponse()
+        body = response.read(MAX_ANSWER_BYTES)
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise ValueError(f"status {response.status}")
+    document = orjson.loads(body)
+    if not isinstance(document, dict) or "workers" not in document:
+        raise ValueError("not a status document")
+    return document
+
+
+def page(status: dict[str, Any]) -> str:
+    """The state for people: the node, its processes, latencies, upstreams, telemetry."""
+    requests, streams, telemetry = status["requests"], status["streams"], status["telemetry"]
+    lines = [
+        f"proxyd {status['version']}: {status['state']}, pid {status['pid']}, up {_span(status['uptime_s'])}",
+        f"requests {requests['answered']}, streams {streams['active']} active, events {streams['events']}, "
+        f"client aborts {requests['client_aborts']}",
+        "",
+        *_table(
+            ["process", "pid", "state", "streams", "restarts", "up"],
+            [[f"worker {worker['slot']}", *_process(worker)] for worker in status["workers"]]
+            + [["telemetry", *_process(telemetry)]],
+        ),
+        "",
+        *_latencies(status["latency"]),
+    ]
+    if status["upstreams"]:
+        rows = [
+            [
+                name,
+                upstream["breaker"],
+                " ".join(f"{state} {count}" for state, count in upstream["connections"].items()),
+                "-" if upstream["reuse_ratio"] is None else f"{upstream['reuse_ratio']:.1%}",
+                str(sum(upstream["errors"].values())),
+            ]
+            for name, upstream in status["upstreams"].items()
+        ]
+        lines += ["", *_table(["upstream", "breaker", "connections", "reused", "errors"], rows)]
+    rows_text = ", ".join(f"{count} {state}" for state, count in telemetry["rows"].items()) or "none yet"
+    lines += ["", f"telemetry: spool {telemetry['spool_bytes']} bytes, rows {rows_text}"]
+    if status["sockets"]["time_wait"] is not None:
+        lines.append(f"sockets in TIME_WAIT: {status['sockets']['time_wait']}")
+    return "\n".join(lines)
+
+
+def _process(process: dict[str, Any]) -> list[str]:
+    up = "-" if process["age_s"] is None else _span(process["age_s"])
+    return [str(process["pid"] or "-"), process["state"], str(process["streams"]), str(process["restarts"]), up]
+
+
+def _latencies(latency: dict[str, Any]) -> list[str]:
+    rows, names = [], []
+    for name, both in latency.items():
+        minute = both["last_minute"]
+        names = [key for key in minute if key.startswith("p")]
+        if both["since_start"]["count"]:
+            label = name.removeprefix("proxyd_").removesuffix("_seconds").replace("_", " ")
+            rows.append([label, str(minute["count"]), *(_duration(minute[key]) for key in names)])
+    return _table(["last minute", "count", *names], rows) if rows else ["no latencies yet"]
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for factor, unit in ((1.0, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def _span(seconds: float) -> str:
+    """The two largest units of a length of time."""
+    parts: list[str] = []
+    rest = int(seconds)
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s")):
+        count, rest = divmod(rest, size)
+        if count or parts or unit == "s":
+            parts.append(f"{count}{unit}")
+    return " ".join(parts[:2])
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+    ]
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"proxyd: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,147 @@
+"""The admin listener: metrics, status and revocation, never on a public address.
+
+Owns its three routes and their errors. Must not know how the node serves: it reads shared memory and publishes into
+the ring of revocations. All workers accept on the one admin listener, whoever answers speaks for the node. Who may
+connect is the Unix socket's mode, or loopback: there is no token here.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import orjson
+from aiohttp import web
+
+from proxyd.clock import Clock
+from proxyd.host.sockets import count_time_wait
+from proxyd.log import Log
+from proxyd.shm import metrics
+from proxyd.shm.region import Region
+from proxyd.shm.revocations import Kind, Revocation, RevocationFull
+from proxyd.web.exposition import CONTENT_TYPE, render
+from proxyd.web.status import build_status
+
+# A revocation is three short fields; more is a mistake.
+MAX_BODY_BYTES = 16 * 1024
+SHUTDOWN_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdminContext:
+    """What the routes work with. `revoke` publishes to every worker; it raises ValueError or RevocationFull."""
+
+    region: Region
+    workers: int
+    clock: Clock
+    log: Log
+    percentiles: Sequence[float]
+    revoke: Callable[[Revocation], int]
+
+
+_CONTEXT: web.AppKey[AdminContext] = web.AppKey("admin", AdminContext)
+
+
+def make_admin_app(context: AdminContext) -> web.Application:
+    app = web.Application(client_max_size=MAX_BODY_BYTES)
+    app[_CONTEXT] = context
+    app.router.add_get("/metrics", _metrics)
+    app.router.add_get("/status", _status)
+    app.router.add_post("/sessions/revoke", _revoke)
+    return app
+
+
+class AdminServer:
+    """The application on its listeners, in one worker."""
+
+    __slots__ = ("_context", "_runner")
+
+    def __init__(self, context: AdminContext) -> None:
+        self._context = context
+        self._runner: web.AppRunner | None = None
+
+    async def start(self, listeners: Sequence[socket.socket]) -> None:
+        """Accepts from now on. The listeners stay the master's: what is closed at the end is our descriptor."""
+        runner = web.AppRunner(make_admin_app(self._context), handle_signals=False, access_log=None)
+        await runner.setup()
+        for listener in listeners:
+            await web.SockSite(runner, listener.dup(), shutdown_timeout=SHUTDOWN_S).start()
+        self._runner = runner
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+
+async def _metrics(request: web.Request) -> web.Response:
+    context = request.app[_CONTEXT]
+    snapshot = metrics.read(context.region, context.clock.monotonic())
+    return web.Response(body=render(snapshot, count_time_wait()), headers={"Content-Type": CONTENT_TYPE})
+
+
+async def _status(request: web.Request) -> web.Response:
+    context = request.app[_CONTEXT]
+    now = context.clock.monotonic()
+    document = build_status(
+        context.region,
+        context.workers,
+        metrics.read(context.region, now),
+        monotonic_s=now,
+        percentiles=context.percentiles,
+        time_wait=count_time_wait(),
+    )
+    return _json(document)
+
+
+async def _revoke(request: web.Request) -> web.Response:
+    """{"user": 42} or {"tenant": "t"} or {"jti": "..."}, one of them: its streams end, its tokens stay refused."""
+    context = request.app[_CONTEXT]
+    try:
+        document = orjson.loads(await request.read())
+    except orjson.JSONDecodeError:
+        return _error(400, "invalid_json", "The body is not JSON.")
+    if not isinstance(document, dict) or len(document) != 1 or next(iter(document)) not in ("user", "tenant", "jti"):
+        return _error(400, "invalid_request", "Give one of user, tenant and jti.")
+    ((name, value),) = document.items()
+    problem = _problem(name, value)
+    if problem:
+        return _error(400, "invalid_request", problem)
+    now = context.clock.wall()
+    try:
+        # No end is known: the tokens it names may be of any age, and the ring holds thousands.
+        number = context.revoke(Revocation(Kind[name.upper()], str(value), now, math.inf))
+    except ValueError as error:
+        return _error(400, "invalid_request", f"{name}: {error}.")
+    except RevocationFull:
+        context.log.error("revocations_full", kind=name)
+        return _error(503, "revocations_full", "No room for another revocation until the daemon is restarted.")
+    context.log.info("session_revoked", kind=name, value=value, number=number)
+    return _json({"revoked": {name: value}, "at": now})
+
+
+def _problem(name: str, value: object) -> str:
+    """What is wrong with a value, or ""."""
+    if name == "user":
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        is_digits = isinstance(value, str) and value.isascii() and value.isdigit()
+        if not (is_number or is_digits) or not 0 <= int(str(value)) < 1 << 64:
+            return "user must be a user's number."
+    elif not isinstance(value, str) or not value:
+        return f"{name} must be a string that is not empty."
+    return ""
+
+
+def _json(document: object, status: int = 200) -> web.Response:
+    return web.Response(
+        status=status,
+        body=orjson.dumps(document),
+        content_type="application/json",
+        headers={"Cache-Control": "no-store"},
+    )
+
+
+def _error(status: int, code: str, message: str) -> web.Response:
+    return _json({"error": {"message": message, "type": "invalid_request_error", "code": code}}, status)

@@ -1,0 +1,124 @@
+"""The document of GET /status: what a person or a script wants to know of the node.
+
+Owns its shape. Must not know HTTP or how cells are written. Everything comes out of shared memory, so any worker
+gives the same answer, and a dead worker's counts are in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from proxyd import __version__
+from proxyd.shm.beats import Beat
+from proxyd.shm.metrics import Distribution, Labels, Snapshot
+from proxyd.shm.region import Region
+from proxyd.web.exposition import FAMILIES, reuse_ratios
+
+_BREAKER = {0: "closed", 1: "half_open", 2: "open"}
+
+
+def build_status(
+    region: Region,
+    workers: int,
+    snapshot: Snapshot,
+    *,
+    monotonic_s: float,
+    percentiles: Sequence[float],
+    time_wait: int | None,
+) -> dict[str, Any]:
+    """Plain values only, ready for JSON. Times in seconds."""
+    master = Beat(region, region.slots - 1)
+    return {
+        "version": __version__,
+        "pid": master.pid,
+        "state": master.state.name.lower(),
+        "uptime_s": round(master.age_s(monotonic_s), 1),
+        "workers": [_process(region, slot, monotonic_s) | {"slot": slot} for slot in range(workers)],
+        "requests": {
+            "answered": snapshot.total("proxyd_requests_total"),
+            "by_status": _by(snapshot.counters, "proxyd_requests_total", "status"),
+            "client_aborts": snapshot.total("proxyd_client_aborts_total"),
+        },
+        "streams": {
+            "active": sum(snapshot.gauges.get("proxyd_streams_active", {}).values()),
+            "by_tenant": _by(snapshot.gauges, "proxyd_streams_active", "tenant"),
+            "events": snapshot.total("proxyd_events_relayed_total"),
+            "bytes": snapshot.total("proxyd_bytes_relayed_total"),
+            "backpressure": _by(snapshot.counters, "proxyd_backpressure_events_total", "kind"),
+        },
+        "latency": {
+            name: {
+                "last_minute": _latency(snapshot.last_minute.get(name), percentiles),
+                "since_start": _latency(snapshot.histograms.get(name), percentiles),
+            }
+            for name, family in FAMILIES.items()
+            if family.kind == "histogram"
+        },
+        "tokens": _by(snapshot.counters, "proxyd_tokens_total", "kind"),
+        "upstreams": _upstreams(snapshot),
+        "telemetry": _process(region, workers, monotonic_s)
+        | {
+            "spool_bytes": sum(snapshot.gauges.get("proxyd_telemetry_spool_bytes", {}).values()),
+            "rows": _by(snapshot.counters, "proxyd_telemetry_rows_total", "state"),
+        },
+        "sockets": {"time_wait": time_wait},
+    }
+
+
+def _process(region: Region, slot: int, monotonic_s: float) -> dict[str, Any]:
+    beat = Beat(region, slot)
+    is_alive = beat.pid != 0
+    return {
+        "pid": beat.pid or None,
+        "epoch": beat.epoch,
+        "state": beat.state.name.lower(),
+        "streams": beat.streams,
+        "restarts": beat.restarts,
+        "age_s": round(beat.age_s(monotonic_s), 1) if is_alive else None,
+        "silent_s": round(beat.silent_s(monotonic_s), 1) if is_alive else None,
+    }
+
+
+def _latency(found: Distribution | None, percentiles: Sequence[float]) -> dict[str, float | int | None]:
+    found = found or Distribution()
+    values: dict[str, float | int | None] = {f"p{q * 100:g}": found.quantile_s(q) for q in percentiles}
+    return {"count": sum(found.buckets), "mean": found.sum_ns / 1e9 / found.count if found.count else None} | values
+
+
+def _by(series: dict[str, dict[Labels, int]], name: str, label: str) -> dict[str, int]:
+    """Sums of a metric by one of its labels."""
+    found: dict[str, int] = {}
+    for labels, value in series.get(name, {}).items():
+        key = dict(labels).get(label, "")
+        found[key] = found.get(key, 0) + value
+    return dict(sorted(found.items()))
+
+
+def _upstreams(snapshot: Snapshot) -> dict[str, Any]:
+    found: dict[str, dict[str, Any]] = {}
+
+    def entry(labels: Labels) -> tuple[dict[str, Any], dict[str, str]]:
+        given = dict(labels)
+        empty: dict[str, Any] = {
+            "breaker": "closed",
+            "connections": {},
+            "connects": 0,
+            "reuse_ratio": None,
+            "errors": {},
+        }
+        return found.setdefault(given.get("upstream", ""), empty), given
+
+    for labels, value in snapshot.gauges.get("proxyd_upstream_connections", {}).items():
+        upstream, given = entry(labels)
+        upstream["connections"][given.get("state", "")] = value
+    for labels, value in snapshot.counters.get("proxyd_upstream_connects_total", {}).items():
+        entry(labels)[0]["connects"] = value
+    for labels, ratio in reuse_ratios(snapshot).items():
+        entry(labels)[0]["reuse_ratio"] = round(ratio, 4)
+    for labels, value in snapshot.counters.get("proxyd_upstream_errors_total", {}).items():
+        upstream, given = entry(labels)
+        upstream["errors"][given.get("kind", "")] = value
+    for labels, value in snapshot.highest.get("proxyd_breaker_state", {}).items():
+        entry(labels)[0]["breaker"] = _BREAKER.get(value, str(value))
+    return dict(sorted(found.items()))
