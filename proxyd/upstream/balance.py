@@ -79,6 +79,12 @@ def verdict(outcome: UpstreamErrorKind | int) -> Verdict:
     return _BY_STATUS.get(outcome, Verdict.GOOD if outcome < 500 else Verdict.NEUTRAL)
 
 
+def is_upstream_error(status: int) -> bool:
+    """True for answers that an operator should see among the upstream's errors: its own faults, and refusals of our key
+    or our account. Other 4xx are the client's."""
+    return status >= 500 or status in (401, 403, 429)
+
+
 class BreakerState(Enum):
     """Values are those of proxyd_breaker_state."""
 

@@ -197,8 +197,9 @@ class Connection:
         """Sends all of `data` within `timeout_s`; True when it did.
 
         False: the peer began to answer and took nothing more for EARLY_ANSWER_GRACE_S; the rest is not sent, recv()
-        gives the answer. Raises RESET when the peer closed or reset, IDLE_TIMEOUT when the time was not enough; recv()
-        still gives what had come before. After False or an error the connection never goes back into the pool.
+        gives the answer. Raises RESET when the peer closed or reset, IDLE_TIMEOUT when the time was not enough; when an
+        answer had come before, `pending` is above 0 and recv() gives it. After False or an error the connection never
+        goes back into the pool.
         """
         deadline = self._loop.time() + timeout_s
         view = memoryview(data)
@@ -220,8 +221,10 @@ class Connection:
                     give_up = self._loop.time() + EARLY_ANSWER_GRACE_S
                 continue
             except ssl.SSLError as error:
+                self._salvage()
                 raise self._error(UpstreamErrorKind.RESET, describe(error, self.origin.host)) from error
             except OSError as error:
+                self._salvage()
                 raise self._error(UpstreamErrorKind.RESET, f"sending: {_os_detail(error)}") from error
             self._sent = True
             view = view[count:]
@@ -287,6 +290,16 @@ class Connection:
             raise self._error(UpstreamErrorKind.RESET, "closed by the peer while we were sending")
         self._early = data
         return True
+
+    def _salvage(self) -> None:
+        """After a failed send: takes in what came before the failure, so that `pending` tells that there is an answer.
+        Not when nothing of the request was sent: whatever came is no answer to it."""
+        if self._early or not self._sent:
+            return
+        try:
+            self._early = self.sock.recv(EARLY_READ_BYTES)
+        except OSError:
+            pass
 
     async def _room(self, wanted: Ready, give_up: float, deadline: float) -> bool:
         """Waits for room to send beside an early answer; False when there was none until `give_up`."""

@@ -27,7 +27,7 @@ from proxyd.config.secrets import Secrets
 from proxyd.errors import UpstreamErrorKind
 from proxyd.log import Log
 from proxyd.shm.metrics import Metrics
-from proxyd.upstream.balance import Balancer, BreakerState, RetryBudget, Verdict, verdict
+from proxyd.upstream.balance import Balancer, BreakerState, RetryBudget, Verdict, is_upstream_error, verdict
 from proxyd.upstream.connection import Connection
 from proxyd.upstream.dial import Dialer
 from proxyd.upstream.keeper import Keeper, Surroundings
@@ -110,7 +110,8 @@ class Upstreams:
     def report(self, origin: Origin, ok: bool, kind: UpstreamErrorKind | int | None = None) -> None:
         """How an attempt ended: `ok` (the upstream answered as it should), or with which error kind or HTTP status.
 
-        A status may be given with either `ok`; what counts as the upstream's failure is the table in `balance`.
+        A status may be given with either `ok`; what counts as the upstream's failure is the table in `balance`. A
+        client's own 4xx is not counted among the upstream's errors.
         """
         if isinstance(kind, int):
             outcome = verdict(kind)
@@ -118,7 +119,7 @@ class Upstreams:
             outcome = Verdict.GOOD
         else:
             outcome = verdict(kind) if kind is not None else Verdict.BAD
-        if not ok:
+        if not ok and (not isinstance(kind, int) or is_upstream_error(kind)):
             label = f"status_{kind}" if isinstance(kind, int) else str(kind or "unknown")
             self._metrics.counter("proxyd_upstream_errors_total", upstream=origin.name, kind=label).add(1)
         now = self._clock.monotonic()

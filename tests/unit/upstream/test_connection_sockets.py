@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import select
 import socket
 import struct
 from collections.abc import Callable
@@ -23,6 +24,12 @@ def reset(writer: asyncio.StreamWriter) -> None:
     sock = writer.get_extra_info("socket")
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
+
+
+def has_error(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -170,6 +177,40 @@ def test_an_early_refusal_and_close_fail_the_send_and_leave_the_answer_readable(
         assert (caught.value.kind, caught.value.sent) == (UpstreamErrorKind.RESET, True)
         assert await conn.recv(4096, 5.0) == REFUSAL
         assert not conn.is_quiet()
+
+    in_loop(scene)
+
+
+def test_a_failed_send_tells_that_an_answer_is_there(in_loop: Callable[..., None]) -> None:
+    async def scene(world: Any) -> None:
+        async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(10)
+            writer.write(REFUSAL)
+            reset(writer)
+
+        conn = await world.connect(await world.peers.serve(refuse))
+        assert await conn.send(b"x" * 10, 5.0) is True
+        await world.until(lambda: has_error(conn.fd))
+        with pytest.raises(UpstreamError) as caught:
+            await conn.send(b"more", 5.0)
+        assert (caught.value.kind, caught.value.sent) == (UpstreamErrorKind.RESET, True)
+        assert conn.pending() == len(REFUSAL)
+        assert await conn.recv(4096, 5.0) == REFUSAL
+
+    in_loop(scene)
+
+
+def test_what_came_before_anything_was_sent_is_no_answer(in_loop: Callable[..., None]) -> None:
+    async def scene(world: Any) -> None:
+        async def time_out(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
+            reset(writer)
+
+        conn = await world.connect(await world.peers.serve(time_out))
+        await world.until(lambda: has_error(conn.fd))
+        with pytest.raises(UpstreamError) as caught:
+            await conn.send(b"GET", 5.0)
+        assert (caught.value.sent, conn.pending()) == (False, 0)
 
     in_loop(scene)
 
