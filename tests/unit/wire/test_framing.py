@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 
+from proxyd._relay import BODY_CHUNKED, BODY_LENGTH, Unframer
 from proxyd.wire.framing import (
     LAST_CHUNK,
     MAX_EXTENSION,
@@ -163,6 +164,44 @@ def test_a_malformed_chunked_response_is_refused_under_every_cut(body: bytes) ->
             list(map(dechunker.feed, pieces))
         assert dechunker.error is not None, label
         assert not dechunker.done
+
+
+@pytest.mark.parametrize("body", [
+    BODY,
+    BODY.replace(b"5\r\n", b"5 \r\n", 1),
+    BODY.replace(b"1A;a=b", b'001a \t ; a="b;c" ;d'),
+    BODY.replace(b"000", b"0;\xe9"),
+    LAST_CHUNK,
+])
+def test_the_compiled_unframer_reads_what_its_twin_reads_under_every_cut(body: bytes) -> None:
+    for label, pieces in cuts(body + b"HTTP/1.1"):
+        twin, unframer = Dechunker(), Unframer(BODY_CHUNKED)
+        for piece in pieces:
+            assert unframer.feed(piece) == twin.feed(piece), label
+            assert unframer.done == twin.done, label
+        assert unframer.leftover == len(twin.leftover) == 8
+
+
+@pytest.mark.parametrize("body", [
+    b"-5\r\nhello\r\n", b"+5\r\nhello\r\n", b"0x5\r\nhello\r\n", b" 5\r\nhello\r\n", b"5g\r\nhello\r\n",
+    b"5_0\r\nhello\r\n", b"\r\nhello\r\n", b"5\rhello\r\n", b"00000000000000005\r\nhello\r\n",
+    b"ffffffffffffffff\r\nhello\r\n", b"5\r\nhelloX\r\n", b"5\r\nhello\r0\r\n\r\n", b"5\r\nhello0\r\n\r\n",
+    b"0\r\n\r\r\n\r\n", b"1;" + b"a" * 100_000,
+])
+def test_the_compiled_unframer_refuses_what_could_move_the_end_of_a_body(body: bytes) -> None:
+    for label, pieces in cuts(body) if len(body) < 100 else [("whole", [body])]:
+        unframer = Unframer(BODY_CHUNKED)
+        with pytest.raises(ValueError, match="chunked"):
+            list(map(unframer.feed, pieces))
+        assert not unframer.done, label
+
+
+def test_the_compiled_unframer_stops_at_a_length() -> None:
+    for label, pieces in cuts(b"helloHTTP/1.1"):
+        unframer = Unframer(BODY_LENGTH, 5)
+        assert b"".join(map(unframer.feed, pieces)) == b"hello", label
+        assert unframer.done
+        assert unframer.leftover == 8
 
 
 def test_what_is_encoded_is_decoded() -> None:
