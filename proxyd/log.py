@@ -279,8 +279,8 @@ class Log:
 
 def _stamp(wall: float) -> str:
     """RFC 3339 in UTC with milliseconds."""
-    whole = int(wall)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{int((wall - whole) * 1000):03d}Z"
+    whole, milliseconds = divmod(round(wall * 1000), 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{milliseconds:03d}Z"
 
 
 def _plain(value: Any) -> str:

@@ -25,7 +25,7 @@ DEFAULT_FILE = "/etc/proxyd/proxyd.toml"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit code."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(config=DEFAULT_FILE))
     _refuse_strays(parser, args)
     if args.version:
         print(version_text())
@@ -65,7 +65,6 @@ def _parser() -> argparse.ArgumentParser:
         description="A streaming proxy daemon for language-model APIs. Without a command it runs in the foreground.",
         parents=[file],
     )
-    parser.set_defaults(config=DEFAULT_FILE)
     parser.add_argument("--version", action="store_true", help="print the versions of proxyd and what it stands on")
     parser.add_argument("--demo", action="store_true", help="run without a file, a key or a server, with a chat page")
     parser.add_argument("--port", type=_port, metavar="N", help="with --demo: the page's port")

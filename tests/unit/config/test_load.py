@@ -52,7 +52,12 @@ def test_inner_lists_share_by_weight_and_stay_in_order():
         ("[servr]\nworkers = 3\n", "servr", 1, "server"),
         ("[stream]\nbufer = '1MiB'\n", "stream.bufer", 2, "buffer"),
         ("[http]\nheartbeat = '1s'\n", "http.heartbeat", 2, "heartbeat in [stream]"),
-        ("[limits.tenants.acme]\ntokens_per_minut = 4\n", "limits.tenants.acme.tokens_per_minut", 2, "tokens_per_minute"),
+        (
+            "[limits.tenants.acme]\ntokens_per_minut = 4\n",
+            "limits.tenants.acme.tokens_per_minut",
+            2,
+            "tokens_per_minute",
+        ),
         ("[log]\nx = 1\n", "log.x", 2, "nearest known key"),
     ],
 )
@@ -105,7 +110,7 @@ def test_a_pasted_key_is_told_where_it_belongs_and_not_repeated():
         AUTH + UPSTREAM.replace("https://", "https://u:sk-very-secret@") + MODEL,
         MINIMAL + '[telemetry]\nsink = "mysql://u:sk-very-secret@h/d"\n',
         MINIMAL + '[telemetry]\nsink = "postgres://u:sk-very-secret@h/d"\n',
-        MINIMAL + 'sk-very-secret',
+        MINIMAL + "sk-very-secret",
         MINIMAL + '[x]\na = "sk-very-secret\n',
     ],
 )
@@ -164,9 +169,15 @@ def test_what_is_no_listen_address_is_refused(address):
 
 @pytest.mark.parametrize(
     "address, text",
-    [("[::1]:80", "[::1]:80"), ("[0:0::1]:80", "[::1]:80"), ("localhost:80", "127.0.0.1:80"), ("unix:/a/b", "unix:/a/b"),
-     ("0.0.0.0:80", "0.0.0.0:80"), ("127.0.0.1:0", "127.0.0.1:0")],
-)  # fmt: skip
+    [
+        ("[::1]:80", "[::1]:80"),
+        ("[0:0::1]:80", "[::1]:80"),
+        ("localhost:80", "127.0.0.1:80"),
+        ("unix:/a/b", "unix:/a/b"),
+        ("0.0.0.0:80", "0.0.0.0:80"),
+        ("127.0.0.1:0", "127.0.0.1:0"),
+    ],
+)
 def test_a_listen_address_has_one_spelling(address, text):
     assert valid(MINIMAL + f'[server]\nlisten = ["{address}"]\n').server.listen[0].text == text
 
@@ -278,12 +289,34 @@ def test_a_loaded_file_knows_its_lines(tmp_path):
 
 def test_a_finding_is_one_line_of_the_contract():
     text = only(MINIMAL + "[stream]\nheartbeat = 15\n").text()
-    assert text == 'error F:11 stream.heartbeat: a bare number where a duration is needed; write the unit, for example "15s"'
+    assert (
+        text
+        == 'error F:11 stream.heartbeat: a bare number where a duration is needed; write the unit, for example "15s"'
+    )
 
 
-_LINES = st.sampled_from([*MINIMAL.splitlines(), "[server]", "listen = [", "]", "workers = 'x'", "[[model]]", "id = 1.5", "x.y = {}",
-                          "upstreams = [[]]", "[limits.tenants.a]", "tokens_per_minute = -1", "[limits.tenants]", "a = 3", "upstream = [1]",
-                          "[upstream]", "[[server]]", "name = 4", "fallback = 'm'", "[auth.x]", "percentiles = [[1]]"])  # fmt: skip
+_ODD_LINES = """
+[server]
+listen = [
+]
+workers = 'x'
+[[model]]
+id = 1.5
+x.y = {}
+upstreams = [[]]
+[limits.tenants.a]
+tokens_per_minute = -1
+[limits.tenants]
+a = 3
+upstream = [1]
+[upstream]
+[[server]]
+name = 4
+fallback = 'm'
+[auth.x]
+percentiles = [[1]]
+"""
+_LINES = st.sampled_from((MINIMAL + _ODD_LINES).splitlines())
 
 
 @settings(max_examples=300, deadline=None)

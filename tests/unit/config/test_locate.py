@@ -59,7 +59,9 @@ def paths_of(value: Any, path: tuple = ()) -> set[tuple]:
     return found
 
 
-@pytest.mark.parametrize("text", [ODD, CONF.read_text(), "", "\n\n", "a=1", "a = []\nb = {}\n", "a.b.c = 1\r\na.d = [1,\r\n2]\r\n"])
+@pytest.mark.parametrize(
+    "text", [ODD, CONF.read_text(), "", "\n\n", "a=1", "a = []\nb = {}\n", "a.b.c = 1\r\na.d = [1,\r\n2]\r\n"]
+)
 def test_every_path_of_the_document_has_a_line_and_no_other_has(text):
     assert set(locate(text)) == paths_of(tomllib.loads(text))
 
@@ -84,8 +86,12 @@ def test_a_carriage_return_before_the_line_end_does_not_move_lines():
 _BARE = st.text("abcXYZ019_-", min_size=1, max_size=4)
 _TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=8)
 _ATOM = st.one_of(st.integers(-9, 9), st.booleans(), st.floats(-9, 9), _TEXT)
-_VALUE = st.recursive(_ATOM, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_BARE, inner, max_size=3), max_leaves=6)
-_DOCUMENT = st.dictionaries(_BARE, st.one_of(_VALUE, st.lists(st.dictionaries(_BARE, _VALUE, max_size=3), min_size=1, max_size=3)), max_size=4)
+_VALUE = st.recursive(
+    _ATOM, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_BARE, inner, max_size=3), max_leaves=6
+)
+_DOCUMENT = st.dictionaries(
+    _BARE, st.one_of(_VALUE, st.lists(st.dictionaries(_BARE, _VALUE, max_size=3), min_size=1, max_size=3)), max_size=4
+)
 
 
 def _write(value: Any, draw: Any) -> str:
@@ -110,7 +116,11 @@ def _write_flat(value: Any) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{key} = {_write_flat(one)}" for key, one in value.items()) + " }"
     if isinstance(value, str):
-        return '"' + "".join(f"\\U{ord(char):08x}" if ord(char) < 32 or char in '"\\\x7f' else char for char in value) + '"'
+        return (
+            '"'
+            + "".join(f"\\U{ord(char):08x}" if ord(char) < 32 or char in '"\\\x7f' else char for char in value)
+            + '"'
+        )
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
@@ -120,7 +130,12 @@ def test_random_documents_are_located_completely(document, data):
     text = ""
     tables = []
     for key, value in document.items():
-        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value) and data.draw(st.booleans()):
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(one, dict) for one in value)
+            and data.draw(st.booleans())
+        ):
             tables.append((key, value))
         else:
             text += f"{key} = {_write(value, data.draw)}\n"

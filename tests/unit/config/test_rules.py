@@ -132,7 +132,11 @@ def test_a_key_sent_in_clear_over_a_network_is_a_warning():
 
 @pytest.mark.parametrize(
     "dialect, url",
-    [("openai", "https://h/v1/chat/completions"), ("openai", "https://h/v1/responses"), ("anthropic", "https://h/v1/messages")],
+    [
+        ("openai", "https://h/v1/chat/completions"),
+        ("openai", "https://h/v1/responses"),
+        ("anthropic", "https://h/v1/messages"),
+    ],
 )
 def test_a_base_url_is_not_a_route(dialect, url):
     text = AUTH + UPSTREAM.replace("https://api.example.com/v1", url) + f'dialect = "{dialect}"\n' + MODEL
@@ -202,6 +206,9 @@ def test_mysql_is_an_error_and_not_a_surprise():
 
 
 def test_a_tenant_overrides_single_limits():
-    config = valid(MINIMAL + "[limits]\nconcurrent_streams = 5\n[limits.tenants.acme]\ntokens_per_minute = 0\nconcurrent_streams = 9\n")
+    config = valid(
+        MINIMAL
+        + "[limits]\nconcurrent_streams = 5\n[limits.tenants.acme]\ntokens_per_minute = 0\nconcurrent_streams = 9\n"
+    )
     assert config.limits.for_tenant("acme") == (9, 0, 0)
     assert config.limits.for_tenant("other") == (5, 0, 0)

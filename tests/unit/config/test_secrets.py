@@ -136,7 +136,13 @@ def test_what_is_no_readable_file_is_an_error(tmp_path):
     (tmp_path / "directory").mkdir()
     keep(tmp_path / "empty", b"\n")
     keep(tmp_path / "large", b"x" * (256 * 1024 + 1))
-    reasons = {"fifo": "not a regular file", "directory": "", "empty": "is empty", "large": "larger", "none": "No such file"}
+    reasons = {
+        "fifo": "not a regular file",
+        "directory": "",
+        "empty": "is empty",
+        "large": "larger",
+        "none": "No such file",
+    }
     for name, reason in reasons.items():
         found = errors(with_auth(f'secret_file = "{tmp_path / name}"'))
         assert len(found) == 1
@@ -153,7 +159,9 @@ def test_a_key_that_would_break_a_header_is_an_error(tmp_path, value):
 
 def test_every_secret_is_looked_at_even_when_the_first_is_bad(tmp_path):
     config = with_auth('secret_file = "/none/1"', UPSTREAM + 'api_key_file = ["/none/2", "/none/3"]\n')
-    assert [finding.message.split(":")[0] for finding in errors(config)] == [f"cannot read /none/{i}" for i in (1, 2, 3)]
+    assert [finding.message.split(":")[0] for finding in errors(config)] == [
+        f"cannot read /none/{i}" for i in (1, 2, 3)
+    ]
 
 
 def test_a_key_set_may_be_public(tmp_path):

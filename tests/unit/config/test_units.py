@@ -23,7 +23,9 @@ def test_a_size_is_bytes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("value", [30, 30.5, "30", "", "s", "-5s", "+5s", "1e3s", "5 5s", "٣s", "5s\n", "0x10s", True, None, []])
+@pytest.mark.parametrize(
+    "value", [30, 30.5, "30", "", "s", "-5s", "+5s", "1e3s", "5 5s", "٣s", "5s\n", "0x10s", True, None, []]
+)
 def test_what_is_no_duration_is_refused_with_a_remedy(value):
     with pytest.raises(UnitError) as caught:
         parse_duration(value)
@@ -32,7 +34,8 @@ def test_what_is_no_duration_is_refused_with_a_remedy(value):
 
 
 @pytest.mark.parametrize(
-    "text, remedy", [("5sec", '"5s"'), ("5min", '"5m"'), ("3days", '"3d"'), ("10S", "ms, s, m, h, d"), ("1w", "ms, s, m")]
+    "text, remedy",
+    [("5sec", '"5s"'), ("5min", '"5m"'), ("3days", '"3d"'), ("10S", "ms, s, m, h, d"), ("1w", "ms, s, m")],
 )
 def test_an_unknown_duration_unit_names_the_known_one(text, remedy):
     with pytest.raises(UnitError) as caught:

@@ -1,0 +1,228 @@
+"""--check-config and the argument list, called in this process; what they print and how they exit."""
+
+import json
+import os
+
+import pytest
+
+from proxyd import __version__
+from proxyd.cli import check
+from proxyd.cli.main import main
+
+SECRET = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture
+def node(tmp_path):
+    """A configuration whose every path exists, and a way to change it."""
+    for name in ("state", "run"):
+        (tmp_path / name).mkdir()
+    secret, key = tmp_path / "jwt.secret", tmp_path / "key"
+    for path, value in ((secret, SECRET), (key, "sk-very-secret")):
+        path.write_text(value)
+        path.chmod(0o600)
+
+    class Node:
+        path = tmp_path / "proxyd.toml"
+        root = tmp_path
+        text = f"""[server]
+listen = ["127.0.0.1:0"]
+admin = "unix:{tmp_path}/run/admin.sock"
+state_dir = "{tmp_path}/state"
+runtime_dir = "{tmp_path}/run"
+[auth]
+secret_file = "{secret}"
+[telemetry]
+sink = "sqlite:///{tmp_path}/state/t.db"
+[[upstream]]
+name = "a"
+url = "https://api.example.com/v1"
+api_key_file = "{key}"
+[[model]]
+name = "m"
+id = 1
+upstreams = ["a"]
+"""
+
+        def check(self, *changes, extra="", json=False):
+            text = self.text
+            for old, new in changes:
+                assert old in text
+                text = text.replace(old, new)
+            self.path.write_text(text + extra)
+            return main(["--check-config", "-c", str(self.path), *(["--json"] if json else [])])
+
+    return Node()
+
+
+def test_a_good_configuration_has_no_findings_and_exits_0(node, capsys):
+    assert node.check() == 0
+    assert capsys.readouterr().out == f"{node.path}: no findings\n"
+
+
+def test_warnings_do_not_fail(node, capsys):
+    assert node.check(extra="[limits]\nconcurrent_streams = 1\n") == 0
+    line = f"warning {node.path}:19 limits.concurrent_streams: has no effect in this version: nothing is limited"
+    assert capsys.readouterr().out.startswith(line)
+
+
+def test_errors_exit_1_and_are_all_printed(node, capsys):
+    assert (
+        node.check(("id = 1", "id = 70000"), (node.root.name + "/key", node.root.name + "/none"), extra="[tasks]\n")
+        == 1
+    )
+    out = capsys.readouterr().out
+    assert "model[0].id" in out
+    assert "tasks: unknown key" in out
+
+
+def test_secrets_are_checked_without_being_printed(node, capsys):
+    (node.root / "key").chmod(0o644)
+    (node.root / "jwt.secret").write_text("short")
+    assert node.check() == 1
+    out = capsys.readouterr().out
+    assert "upstream[0].api_key_file" in out
+    assert "mode 0644" in out
+    assert "auth.secret_file: the secret has 5 bytes" in out
+    assert "sk-very-secret" not in out
+
+
+def test_an_unreadable_file_exits_2(node, capsys):
+    assert main(["--check-config", "-c", str(node.root / "none.toml")]) == 2
+    assert "cannot be read: No such file" in capsys.readouterr().out
+    assert main(["--check-config", "-c", str(node.root)]) == 2
+
+
+def test_json_holds_the_same_findings(node, capsys):
+    assert node.check(("id = 1", 'id = "1"'), json=True) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert (document["errors"], document["warnings"], document["file"]) == (1, 0, str(node.path))
+    finding = document["findings"][0]
+    assert (finding["severity"], finding["key"], finding["line"]) == ("error", "model[0].id", 16)
+    assert finding["message"]
+    assert finding["remedy"]
+
+
+def test_json_of_an_unreadable_file_is_json_too(tmp_path, capsys):
+    assert main(["--check-config", "--json", "-c", str(tmp_path / "none")]) == 2
+    assert json.loads(capsys.readouterr().out)["errors"] == 1
+
+
+@pytest.mark.parametrize("name", ["state", "run"])
+def test_a_missing_directory_is_a_warning(node, capsys, name):
+    (node.root / name).rmdir()
+    assert node.check() == 0
+    assert f"{node.root}/{name} does not exist; install -d" in capsys.readouterr().out
+
+
+def test_a_directory_that_is_a_file_is_a_warning(node, capsys):
+    (node.root / "state").rmdir()
+    (node.root / "state").write_text("")
+    assert node.check() == 0
+    assert "is not a directory" in capsys.readouterr().out
+
+
+def test_the_places_of_logs_sockets_and_databases_are_looked_at(node, capsys):
+    changes = [("/state/t.db", "/nodb/t.db"), ('"127.0.0.1:0"', f'"unix:{node.root}/nosock/s"')]
+    assert node.check(*changes, extra=f'[log]\naccess = "{node.root}/nolog/a.log"\n') == 0
+    out = capsys.readouterr().out
+    assert [f"{node.root}/{name} does not exist" in out for name in ("nodb", "nosock", "nolog")] == [True] * 3
+
+
+def test_certificates_must_be_readable_and_certificates(node, capsys):
+    (node.root / "ca.pem").write_text("no certificate")
+    assert node.check(('api.example.com/v1"', f'api.example.com/v1"\nca_file = "{node.root}/ca.pem"')) == 1
+    assert "holds no certificate" in capsys.readouterr().out
+    assert node.check(('api.example.com/v1"', f'api.example.com/v1"\nca_file = "{node.root}/none.pem"')) == 1
+    assert "cannot read" in capsys.readouterr().out
+
+
+def test_a_directory_in_a_sockets_place_is_an_error(node, capsys):
+    (node.root / "run" / "admin.sock").mkdir()
+    assert node.check() == 1
+    assert "server.admin" in capsys.readouterr().out
+
+
+def test_the_environment_may_hold_the_secrets(node, capsys, monkeypatch):
+    monkeypatch.setenv("PROXYD_TEST_JWT", SECRET)
+    secret_line = f'secret_file = "{node.root}/jwt.secret"'
+    assert node.check((secret_line, 'secret_env = "PROXYD_TEST_JWT"')) == 0
+    monkeypatch.delenv("PROXYD_TEST_JWT")
+    assert node.check((secret_line, 'secret_env = "PROXYD_TEST_JWT"')) == 1
+
+
+def test_a_start_with_a_bad_file_prints_the_findings_to_stderr_and_exits_1(node, capsys):
+    node.path.write_text(node.text + "[tasks]\n")
+    assert main(["-c", str(node.path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "tasks: unknown key" in captured.err
+    assert "not started" in captured.err
+
+
+def test_a_start_without_a_file_exits_2(tmp_path, capsys):
+    assert main(["-c", str(tmp_path / "none.toml")]) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_examining_starts_nothing_and_creates_nothing(node):
+    node.path.write_text(node.text)
+    before = sorted(os.walk(node.root))
+    report = check.examine(str(node.path), {})
+    assert report.config is not None
+    assert report.secrets is not None
+    assert sorted(os.walk(node.root)) == before
+
+
+def test_the_version_names_what_it_stands_on(capsys):
+    assert main(["--version"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"proxyd {__version__} (uvloop ")
+    assert all(word in out for word in ("aiohttp ", "OpenSSL ", "Python 3."))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["top"],
+        ["schema"],
+        ["spool"],
+        ["--nonsense"],
+        ["--port", "80"],
+        ["--demo", "--port", "99999"],
+        ["--demo", "--port", "-1"],
+        ["--demo", "--check-config"],
+        ["--demo", "status"],
+        ["--check-config", "token", "--user", "1"],
+        ["--probe"],
+        ["--json"],
+        ["token"],
+        ["token", "--user", "-1"],
+        ["token", "--user", "x"],
+        ["token", "--user", "1", "--ttl", "60"],
+        ["usage", "--user", "1", "--window", "1w"],
+        ["usage", "--user", str(2**64)],
+        ["--json", "token", "--user", "1"],
+    ],
+)
+def test_arguments_that_mean_nothing_exit_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert "usage: proxyd" in capsys.readouterr().err
+
+
+def test_probe_says_that_it_checked_nothing(capsys):
+    assert main(["--check-config", "--probe"]) == 2
+    captured = capsys.readouterr()
+    assert "not available in this version" in captured.err
+    assert captured.out == ""
+
+
+def test_the_file_may_be_named_before_and_after_a_command(node, capsys):
+    node.path.write_text(node.text)
+    tokens = []
+    for argv in (["-c", str(node.path), "token", "--user", "7"], ["token", "--user", "7", "-c", str(node.path)]):
+        assert main(argv) == 0
+        tokens.append(capsys.readouterr().out)
+    assert all(token.count(".") == 2 for token in tokens)
