@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
     usage = commands.add_parser("usage", parents=[file], help="a user's token totals out of the telemetry store")
     usage.add_argument("--user", type=_count, required=True, metavar="ID", help="the user's number")
+    usage.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
     usage.add_argument("--window", type=_duration, default="24h", metavar="D", help="default: %(default)s")
     return parser
 
@@ -98,8 +99,8 @@ def _refuse_strays(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         parser.error("--port needs --demo; the ports of a configuration are in server.listen")
     if args.probe and not args.check_config:
         parser.error("--probe needs --check-config")
-    if args.json and not args.check_config and args.command != "status":
-        parser.error("--json needs --check-config or status")
+    if args.json and not args.check_config and args.command not in ("status", "usage"):
+        parser.error("--json needs --check-config, status or usage")
 
 
 def _command(module: str) -> Callable[[argparse.Namespace], int]:
