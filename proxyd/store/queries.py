@@ -1,6 +1,7 @@
 """The questions asked of the stored rows.
 
-Owns: their SQL, written for SQLite and MySQL alike (`?` parameters, the reader's own timestamp form). Must not know: connections.
+Owns: their SQL, written for SQLite and MySQL alike (`?` parameters, the reader's own timestamp form). Must not know:
+connections.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def window_tokens(reader: Reader, user_id: int, since: float) -> int:
 
 def usage(reader: Reader, user_id: int, since: float) -> Totals:
     """A user's totals since a moment."""
-    sql = f"SELECT {_TOTALS} FROM sys_ai_transactions WHERE user_id = ? AND created_at >= ?"
+    sql = f"SELECT {_TOTALS} FROM sys_ai_transactions WHERE user_id = ? AND created_at >= ?"  # noqa: S608
     return Totals(*map(int, reader.fetch(sql, (user_id, reader.timestamp(since)))[0]))
 
 
@@ -56,7 +57,7 @@ def usage_by(reader: Reader, column: str, user_id: int, since: float) -> dict[st
     if column not in _BY:
         raise ValueError(f"usage cannot be split by {column!r}")
     sql = (
-        f"SELECT {column}, {_TOTALS} FROM sys_ai_transactions WHERE user_id = ? AND created_at >= ?"
+        f"SELECT {column}, {_TOTALS} FROM sys_ai_transactions WHERE user_id = ? AND created_at >= ?"  # noqa: S608
         f" GROUP BY {column} ORDER BY COUNT(*) DESC, {column}"
     )
     found = reader.fetch(sql, (user_id, reader.timestamp(since)))

@@ -1,7 +1,8 @@
 """What the store holds, independent of the database: rows, cursors, batches, DDL, errors and the interface of a sink.
 
-Owns: the column list of `sys_ai_transactions` (CONTRACT section 5), the two bookkeeping tables, and `Store`, the interface
-that `sqlite.py` implements and every other database implements likewise. Must not know: spool files, event loops, SQL drivers.
+Owns: the column list of `sys_ai_transactions` (CONTRACT section 5), the two bookkeeping tables, and `Store`, the
+interface that `sqlite.py` implements and every other database implements likewise. Must not know: spool files, event
+loops, SQL drivers.
 Invariants: `COLUMNS` is the order of `Row`; a batch is committed as one transaction or not at all.
 
   sys_ai_transactions    the rows, exactly the contract's columns
@@ -20,7 +21,7 @@ SCHEMA_VERSION = 1
 
 
 class Row(NamedTuple):
-    """One transaction. `created_at` is seconds since the epoch; the store writes it in its own form, to the second, UTC."""
+    """A transaction. `created_at` is seconds since the epoch; the store keeps whole seconds, in UTC."""
 
     user_id: int
     model_id: int
@@ -43,7 +44,7 @@ COLUMNS: tuple[str, ...] = Row._fields
 
 
 class Cursor(NamedTuple):
-    """How far one spool stream is stored: every record before `position` of `segment`, and all of the segments before it.
+    """How far a spool stream is stored: every record before `position` of `segment`, and all segments before it.
 
     `finished`: the stream's writer is dead and nothing of the stream remains to be stored; its files may be removed.
     """
@@ -67,7 +68,8 @@ class OpenTransaction(NamedTuple):
 class Batch:
     """What is stored together: rows, the cursors that cover them, and the open transactions to remember or to forget.
 
-    `carried` is upserted, `closed` (stream, txn) deleted, and every trace of the streams in `forgotten` deleted; in this order.
+    `carried` is upserted, `closed` (stream, txn) deleted, and every trace of the streams in `forgotten` deleted; in
+    this order.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -78,7 +80,7 @@ class Batch:
 
 
 class StoreError(Exception):
-    """The store cannot take or give anything now. Worth another try later; after it a commit may or may not have happened."""
+    """The store cannot take or give anything now; try later. A commit that raises it may or may not have happened."""
 
 
 class StoreMissing(StoreError):
@@ -86,7 +88,7 @@ class StoreMissing(StoreError):
 
 
 class StoreMisfit(StoreError):
-    """The store exists and is not ours to use: another schema version, or a table of the same name with other columns."""
+    """The store exists and is not ours to use: another schema version, or somebody else's table under our name."""
 
 
 # Called with the rows that the store refused for what they hold, and why, before the transaction commits; it must have

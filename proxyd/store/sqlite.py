@@ -1,13 +1,15 @@
 """The SQLite sink: one file, WAL mode, one writing connection in one thread.
 
-Owns: the connection, its pragmas, the schema's creation and check, SQL in SQLite's dialect. Must not know: spool files, metrics.
-Invariants: a `Batch` is one IMMEDIATE transaction; the file is created with mode 0600; nothing here blocks an event loop
-(each call runs in the store's own thread, at most `BUSY_TIMEOUT_S` longer than the disk takes).
+Owns: the connection, its pragmas, the schema's creation and check, SQL in SQLite's dialect. Must not know: spool
+files, metrics.
+Invariants: a `Batch` is one IMMEDIATE transaction; the file is created with mode 0600; nothing here blocks an event
+loop (each call runs in the store's own thread, at most `BUSY_TIMEOUT_S` longer than the disk takes).
 
-Durability: spool segments are removed once their rows are committed here, so the store must never be weaker than the spool.
-  telemetry.durability  row, second -> synchronous=FULL (one sync of the WAL a commit, at most 1/linger a second, in this thread)
-                        os          -> synchronous=NORMAL (power loss may undo the last commits, never damages the file;
-                                       OFF could damage it, and saves nothing that NORMAL does not)
+Durability: spool segments are removed once their rows are committed here, so the store must never be weaker than the
+spool.
+  row, second   synchronous=FULL: one sync of the WAL a commit, at most 1/linger a second, in this thread
+  os            synchronous=NORMAL: power loss may undo the last commits and never damages the file; OFF could damage
+                it, and saves nothing that NORMAL does not
 Source: sqlite.org/wal.html, sqlite.org/pragma.html#pragma_synchronous (read for 3.40).
 """
 
@@ -44,7 +46,8 @@ BUSY_TIMEOUT_S = 1.0
 _SYNCHRONOUS = {"row": "FULL", "second": "FULL", "os": "NORMAL"}
 # "proxd" in ASCII, cut to 32 bits: marks the file as ours for file(1) and for the check below.
 _APPLICATION_ID = 0x70786400
-_INSERT = f"INSERT INTO sys_ai_transactions ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
+# S608: the names are constants of this package; values are always parameters.
+_INSERT = f"INSERT INTO sys_ai_transactions ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
 _CREATED_AT = COLUMNS.index("created_at")
 # What SQLite or its binding says about one row's values, as opposed to the database's state.
 _ROW_FAULTS = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, OverflowError, ValueError)
@@ -105,7 +108,8 @@ class SqliteStore:
         self._close()
         if not self._path.parent.is_dir():
             raise StoreError(
-                f"{self._path.parent}: no such directory; create it for the user that runs proxyd, or change telemetry.sink"
+                f"{self._path.parent}: no such directory; create it for the user that runs proxyd,"
+                " or change telemetry.sink"
             )
         # Created by us first, so that the mode does not depend on the umask; WAL and shm files copy it.
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -227,7 +231,7 @@ def _write_bookkeeping(connection: sqlite3.Connection, batch: Batch) -> None:
     connection.executemany("INSERT OR REPLACE INTO sys_ai_spool_open VALUES (?, ?, ?, ?)", batch.carried)
     connection.executemany("DELETE FROM sys_ai_spool_open WHERE stream = ? AND txn = ?", batch.closed)
     for table in ("sys_ai_spool_open", "sys_ai_spool_offsets"):
-        connection.executemany(f"DELETE FROM {table} WHERE stream = ?", [(stream,) for stream in batch.forgotten])
+        connection.executemany(f"DELETE FROM {table} WHERE stream = ?", [(name,) for name in batch.forgotten])  # noqa: S608
 
 
 def _ensure_schema(connection: sqlite3.Connection, path: Path) -> None:
@@ -256,5 +260,6 @@ def _ensure_schema(connection: sqlite3.Connection, path: Path) -> None:
 def _check_version(version: int, path: Path) -> None:
     if version != SCHEMA_VERSION:
         raise StoreMisfit(
-            f"{path}: schema version {version}, this proxyd knows {SCHEMA_VERSION}; use the proxyd that wrote it, or another file"
+            f"{path}: schema version {version}, this proxyd knows {SCHEMA_VERSION};"
+            " use the proxyd that wrote it, or another file"
         )

@@ -35,7 +35,8 @@ from proxyd.telemetry.record import (
 )
 from proxyd.telemetry.segment import HEADER_BYTES, Header, parse_header, segment_name
 
-# One read(2). Twice: a catch-up saves few calls; half: twice the calls. Far above MAX_FRAME_BYTES, or a record could never fit.
+# One read(2). Twice: a catch-up saves few calls; half: twice the calls. Far above MAX_FRAME_BYTES, or a record could
+# never fit.
 READ_BYTES = 1024 * 1024
 
 
@@ -78,7 +79,7 @@ class Cut:
 
 @dataclass(slots=True)
 class Moved:
-    """What leaving a segment came to: the segments that may be removed once this is stored, and what was cut or skipped."""
+    """What leaving a segment came to: segments to remove once this is stored, and what was cut or skipped."""
 
     done_with: list[int]
     cut: Cut | None = None
@@ -97,7 +98,8 @@ class Stream:
     slot: int = -1
     open: dict[int, Open] = field(default_factory=dict)
     phase: Phase = Phase.READING
-    # A finished reader may find less on disk than it had stored (power loss): then an open transaction may have its row already.
+    # A finished reader may find less on disk than it had stored (power loss): then an open transaction may have its
+    # row already.
     is_short: bool = False
     skipped_records: int = 0
     _fd: int = -1
@@ -151,11 +153,10 @@ class Stream:
         return frame
 
     def apply(self, frame: Frame) -> Final | None:
-        """Takes a record into the table of open transactions; a final comes back. Unknown and misfit records are counted."""
+        """Takes a record into the table of open transactions; a final comes back. Unknown ones are counted."""
         try:
             if frame.kind == Kind.FINAL:
-                final = decode_final(frame.txn, frame.payload)
-                return final
+                return decode_final(frame.txn, frame.payload)
             if frame.kind == Kind.INTENT:
                 known = self.open.get(frame.txn)
                 self.open[frame.txn] = Open(
@@ -177,7 +178,7 @@ class Stream:
         return opened is not None and opened.carried
 
     def is_writer_gone(self) -> bool:
-        """True when nobody holds the open segment's lock. Proves death only if the segment has no successor *afterwards*."""
+        """True when nobody holds the open segment's lock: death, unless the segment has a successor *afterwards*."""
         if self._fd < 0:
             return True
         try:
@@ -191,7 +192,7 @@ class Stream:
         return os.fstat(self._fd).st_size if self._fd >= 0 else 0
 
     def leave(self, known: Sequence[int]) -> Moved | None:
-        """Moves from a segment read to its end to the next one in `known` (ascending, listed before that end was reached).
+        """Moves from a segment read to its end to the next one in `known` (ascending, listed before that read).
 
         None when there is no readable successor yet.
         """
@@ -227,7 +228,7 @@ class Stream:
 
 
 def interrupted(txn: int, opened: Open) -> Final | None:
-    """The end that a transaction gets when its writer died: its last checkpoint's counts. None for a payload we cannot read."""
+    """The end that a transaction gets when its writer died, with its last checkpoint's counts; None if unreadable."""
     try:
         intent: Intent = decode_intent(txn, opened.intent)
     except ValueError:

@@ -11,11 +11,12 @@ no frame is longer than `MAX_FRAME_BYTES`; a frame of another stream, or a torn 
   checksum u32, CRC-32 over everything before it, seeded with the stream's seed (see segment.py), so that a block of an
           older file that the file system left behind is not taken for a record
 
-Why zlib's CRC-32 and not CRC-32C: both detect every burst up to 32 bits and miss a torn tail with probability 2**-32; at our
-lengths (under 400 bytes) CRC-32 detects any 4 flipped bits, CRC-32C any 5. That difference is not worth a native
+Why zlib's CRC-32 and not CRC-32C: both detect every burst up to 32 bits and miss a torn tail with probability 2**-32;
+at our lengths (under 400 bytes) CRC-32 detects any 4 flipped bits, CRC-32C any 5. That difference is not worth a native
 dependency: zlib is in the standard library, 0.1 us for 100 bytes. Source: P. Koopman, "32-Bit CRCs for Internet
 Applications" (2002), table 1.
-Cost: encode_final 1.3 us. A final with a request id of 32 characters takes 99 bytes and the names of its tenant and upstream.
+Cost: encode_final 1.3 us. A final with a request id of 32 characters takes 99 bytes and the names of its tenant and
+upstream.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _STATUS_CODES = {status: code for code, status in enumerate(STATUSES)}
 
 
 class Intent(NamedTuple):
-    """Written before the upstream is contacted. `created_at` is seconds since the epoch, `txn` from SpoolWriter.new_txn()."""
+    """Written before the upstream is contacted. `txn` is from SpoolWriter.new_txn(), `created_at` epoch seconds."""
 
     txn: int
     request_id: str
@@ -69,7 +70,8 @@ class Checkpoint(NamedTuple):
 class Final(NamedTuple):
     """The end of a transaction: all columns of `sys_ai_transactions`.
 
-    `created_at` must be the intent's. `accepted_at` (seconds since the epoch) is set by the spool when it takes the record.
+    `created_at` must be the intent's. `accepted_at` (seconds since the epoch) is set by the spool when it takes the
+    record.
     """
 
     txn: int
@@ -172,7 +174,7 @@ def encode_final(record: Final, seed: int, accepted_at: float) -> bytes:
 
 
 def find_frame(data: bytes, start: int, seed: int) -> Frame | None:
-    """The whole record at `start`, or None when it is cut, torn or no record; the caller knows whether more may come."""
+    """The whole record at `start`, or None when it is cut, torn or none; the caller knows whether more may come."""
     available = len(data) - start
     if available < _OVERHEAD:
         return None
@@ -209,7 +211,8 @@ def decode_checkpoint(txn: int, payload: bytes) -> Checkpoint:
 def decode_final(txn: int, payload: bytes) -> Final:
     """The record in a FINAL frame's payload. Raises ValueError when the payload is not one."""
     try:
-        (user_id, model_id, prompt, completion, cached, reasoning, created_at, waited, status, estimated, attempts, ttft_ms,
+        (user_id, model_id, prompt, completion, cached, reasoning, created_at, waited, status, estimated, attempts,
+        ttft_ms,
          duration_ms, *lengths) = _FINAL_PAYLOAD.unpack_from(payload)  # fmt: skip
     except struct.error as error:
         raise ValueError(str(error)) from error

@@ -2,10 +2,11 @@
 
 Owns: the first look at a stream, and the removal of files. Must not know: batches, metrics, when to look.
 Invariants:
-- A stream resumes at its stored cursor; its open transactions are the store's carried ones and those that the segment under the
-  cursor begins before it. Reading that part again hands out no final.
-- A file goes only after the cursor behind it was committed, and the cursor's row only after the file's removal is on disk. So a
-  file without a cursor was never consumed, a segment before its stream's cursor is stale, and a missing one is normal.
+- A stream resumes at its stored cursor; its open transactions are the store's carried ones and those that the segment
+  under the cursor begins before it. Reading that part again hands out no final.
+- A file goes only after the cursor behind it was committed, and the cursor's row only after the file's removal is on
+  disk. So a file without a cursor was never consumed, a segment before its stream's cursor is stale, and a missing one
+  is normal.
 """
 
 from __future__ import annotations

@@ -2,22 +2,24 @@
 
 Owns: file names, the segment header, the spool directory's place. Must not know: records, who writes or reads.
 
-A stream is the life of one writing process: (slot, epoch, nonce). It is a row of segments, numbered from 1 without gaps, of
-which only the newest is written. Names:
+A stream is the life of one writing process: (slot, epoch, nonce). It is a row of segments, numbered from 1 without
+gaps, of which only the newest is written. Names:
   003-89abcdef-0123456789abcdef-000001.spool   slot, epoch, nonce, sequence: a segment
   .new-<segment name>                          a segment being made; it becomes one by rename, complete and locked
-  <segment name>.damaged                       a consumed segment with more garbage at its end than one torn write explains
+  <segment name>.damaged                       a consumed segment whose end is garbage, more than one torn write leaves
   dead-letter.jsonl                            rows that the store refused for what they hold
 
 Header (56 bytes, little-endian): magic 8 | version u16 | slot u16 | epoch u32 | nonce u64 | sequence u32 | pid u32 |
   created f64 | carried_from u64 | carried_bytes u32 | CRC-32 u32
 
-Carried bytes: the segment's records may begin with a copy of the end of its predecessor (what was not known to be on disk
-there): bytes [carried_from, carried_from + carried_bytes) of segment n are bytes [56, 56 + carried_bytes) of segment n + 1.
-Whoever consumed segment n up to position P goes on in n + 1 at `entry(P)`, and so consumes no record twice.
+Carried bytes: the segment's records may begin with a copy of the end of its predecessor (what was not known to be on
+disk there): bytes [carried_from, carried_from + carried_bytes) of segment n are bytes [56, 56 + carried_bytes) of
+segment n + 1. Whoever consumed segment n up to position P goes on in n + 1 at `entry(P)`, and so consumes no record
+twice.
 
-The lock: a writer holds flock(LOCK_EX) on its newest segment from before the name is visible until it closes or dies, and makes
-segment n + 1 visible before it closes n. So "n's lock is free, and then there is no n + 1" proves that the writer is gone.
+The lock: a writer holds flock(LOCK_EX) on its newest segment from before the name is visible until it closes or dies,
+and makes segment n + 1 visible before it closes n. So "n's lock is free, and then there is no n + 1" proves that the
+writer is gone.
 """
 
 from __future__ import annotations
@@ -82,7 +84,8 @@ def ensure_spool_dir(state_dir: str | Path) -> Path:
     state, spool = Path(state_dir), spool_dir(state_dir)
     if not state.is_dir():
         raise SpoolError(
-            f"server.state_dir {state} does not exist: create it (install -d -m 0700 -o <the user of proxyd> {state}) or name another"
+            f"server.state_dir {state} does not exist:"
+            f" create it (install -d -m 0700 -o <the user of proxyd> {state}) or name another"
         )
     try:
         spool.mkdir(mode=0o700, exist_ok=True)

@@ -1,19 +1,23 @@
 """The writing end of the spool: a process's records go to its own segments, one write(2) per loop turn.
 
-Owns: the live segment, what is not yet written, what is not yet synced. Must not know: the store, who reads, configuration.
+Owns: the live segment, what is not yet written, what is not yet synced. Must not know: the store, who reads,
+configuration.
 Invariants:
 - A record is *accepted* once write(2) took all of it: no death of the process loses it. Until then it is in `_pending`.
 - Under `row` and `second` a record is *durable* once synced. Until then its bytes are also in `_unsynced`.
 - A descriptor whose fsync failed is never synced again: its unsynced bytes head the next segment (segment.py).
-- Memory is bounded: at `HELD_SOFT_BYTES` (pending and unsynced) `broken_reason` is set and checkpoints are dropped, they are
-  replaceable; at `HELD_HARD_BYTES` finals are lost, counted in `lost` and logged. Between the two only streams that already run add.
+- Memory is bounded: at `HELD_SOFT_BYTES` (pending and unsynced) `broken_reason` is set and checkpoints are dropped,
+  they are replaceable; at `HELD_HARD_BYTES` finals are lost, counted in `lost` and logged. Between the two only
+  streams that already run add.
 - Every wait has an end: a retry and a sync are due each `TICK_S`; close() tries once.
 
   segment   |header|carried| ...synced... | ...unsynced... |partial|        _pending: [record, record, ...]
-            0                     _synced ^          _whole ^                 `partial` = what write(2) took of the first one
+            0                     _synced ^          _whole ^                 `partial` = what write(2) took of the
+            first one
 
-Durability: `row` syncs inside flush(), so that a record is on disk before anything follows from it; it holds the loop for one
-fdatasync a turn, which is its price. `second` syncs in a thread, one at a time, at least each second. `os` leaves it to the kernel.
+Durability: `row` syncs inside flush(), so that a record is on disk before anything follows from it; it holds the loop
+for one fdatasync a turn, which is its price. `second` syncs in a thread, one at a time, at least each second. `os`
+leaves it to the kernel.
 Cost: final() 2 us with its encoding; flush() one write(2), 2 to 4 us.
 """
 
@@ -21,13 +25,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from proxyd.clock import SYSTEM, Clock
 from proxyd.telemetry.record import Checkpoint, Final, Intent, encode_checkpoint, encode_final, encode_intent
@@ -40,8 +42,10 @@ from proxyd.telemetry.segment import (
     directory_bytes,
     segment_name,
 )
+from proxyd.telemetry.spoolio import InThread, SpoolIO, SpoolLog, sync_thread
 
-# Twice: fewer files but longer restarts of the reader, which scans one segment a stream; half: more renames and directory syncs.
+# Twice: fewer files but longer restarts of the reader, which scans one segment a stream; half: more renames and
+# directory syncs.
 SEGMENT_BYTES = 16 * 1024 * 1024
 HELD_SOFT_BYTES = 8 * 1024 * 1024  # about 70,000 records: a second of a full disk at the busiest node we know
 HELD_HARD_BYTES = 64 * 1024 * 1024
@@ -54,61 +58,20 @@ _SPOOL_MAX_WARN = 0.8
 _SEGMENT_FAULTS = frozenset({errno.EFBIG, errno.EIO, errno.ESTALE})
 
 
-class SpoolLog(Protocol):
-    """What we need of log.Log."""
-
-    def info(self, event: str, /, **fields: Any) -> None: ...
-    def warning(self, event: str, /, **fields: Any) -> None: ...
-    def error(self, event: str, /, **fields: Any) -> None: ...
-
-
-class SpoolIO:
-    """The system calls whose failures matter. Tests pass one that fails."""
-
-    __slots__ = ()
-
-    def write(self, fd: int, data: bytes) -> int:
-        return os.write(fd, data)
-
-    def fdatasync(self, fd: int) -> None:
-        os.fdatasync(fd)
-
-    def sync_directory(self, path: Path) -> None:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-    def create(self, path: Path) -> int:
-        """A new append-only file of mode 0600, locked by us."""
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
-
-
-# Runs work in a thread, then calls back on the loop with the OSError it raised, or None.
-InThread = Callable[[Callable[[], None], Callable[[OSError | None], None]], None]
-
-
 class SpoolWriter:
     """One process's spool. Every method belongs to the loop's thread.
 
-    `call_soon` flushes at the end of the turn. Without `call_later` the owner calls `tick()` twice a second. Without `in_thread`
-    the syncs of `second` happen inside tick(). Use `on_loop` to have all three from a running loop.
+    `call_soon` flushes at the end of the turn. Without `call_later` the owner calls `tick()` twice a second. Without
+    `in_thread` the syncs of `second` happen inside tick(). Use `on_loop` to have all three from a running loop.
     Raises SpoolError when the first segment cannot be made.
     """
 
     __slots__ = (
-        "_bound_fault", "_call_later", "_call_soon", "_clock", "_closed", "_counter", "_directory", "_directory_synced", "_durability",
-        "_epoch", "_fd", "_in_thread", "_io", "_is_near_full", "_log", "_must_rotate", "_nonce", "_partial", "_pending",
-        "_pending_bytes", "_retry_at", "_scheduled", "_seed", "_segment_bytes", "_sequence", "_slot", "_spool_max", "_stream",
-        "_sync_failures", "_sync_fault", "_synced", "_syncing_fd", "_tainted", "_timer", "_unsynced", "_unsynced_bytes", "_whole",
-        "_write_fault", "lost",
+        "_bound_fault", "_call_later", "_call_soon", "_clock", "_closed", "_counter", "_directory",
+        "_directory_synced", "_durability", "_epoch", "_fd", "_in_thread", "_io", "_is_near_full", "_log",
+        "_must_rotate", "_nonce", "_partial", "_pending", "_pending_bytes", "_retry_at", "_scheduled", "_seed",
+        "_segment_bytes", "_sequence", "_slot", "_spool_max", "_stream", "_sync_failures", "_sync_fault", "_synced",
+        "_syncing_fd", "_tainted", "_timer", "_unsynced", "_unsynced_bytes", "_whole", "_write_fault", "lost",
     )  # fmt: skip
 
     def __init__(
@@ -167,32 +130,12 @@ class SpoolWriter:
         epoch: int,
         durability: str,
         log: SpoolLog,
-        *,
-        io: SpoolIO | None = None,
         spool_max: int = 0,
-        segment_bytes: int = SEGMENT_BYTES,
     ) -> Self:
         """The spool of a process that runs `loop`: its timers, and one thread of its own for syncs."""
-        pool = ThreadPoolExecutor(1, "spool-sync")
-
-        def in_thread(work: Callable[[], None], done: Callable[[OSError | None], None]) -> None:
-            def run() -> None:
-                error: OSError | None = None
-                try:
-                    work()
-                except OSError as failure:
-                    error = failure
-                try:
-                    loop.call_soon_threadsafe(done, error)
-                except RuntimeError:
-                    return  # the loop is closed: close() has synced, or the process is dying
-
-            pool.submit(run)
-
-        return cls(
-            directory, slot, epoch, durability, log, loop.call_soon, call_later=loop.call_later, in_thread=in_thread, io=io,
-            spool_max=spool_max, segment_bytes=segment_bytes,
-        )  # fmt: skip
+        soon, later, thread = loop.call_soon, loop.call_later, sync_thread(loop)
+        fixed = directory, slot, epoch, durability, log
+        return cls(*fixed, soon, call_later=later, in_thread=thread, spool_max=spool_max)
 
     @property
     def stream(self) -> str:
@@ -222,7 +165,7 @@ class SpoolWriter:
 
     @property
     def broken_reason(self) -> str | None:
-        """Why records are not safe now, in words for a log line; None while all is well. New billable work should be refused."""
+        """Why records are not safe now, in words for a log; None while all is well. Else refuse new billable work."""
         return self._write_fault or self._sync_fault or self._bound_fault
 
     def flush(self) -> None:
@@ -249,7 +192,7 @@ class SpoolWriter:
         self._check_bounds()
 
     def close(self) -> None:
-        """Writes and syncs what is left and gives the lock up: the reader then knows that nothing will follow. Idempotent."""
+        """Writes and syncs what is left, gives the lock up: the reader then knows that nothing follows. Idempotent."""
         if self._closed:
             return
         if self._pending:
@@ -313,7 +256,7 @@ class SpoolWriter:
         return written
 
     def _on_written(self, taken: int, data: bytes) -> None:
-        """Moves the records that are wholly in the file out of `_pending`; `data` is `_pending` joined, `taken` counts from its start."""
+        """Moves records that are wholly in the file out of `_pending`; `data` is that joined, `taken` of it written."""
         if taken == len(data):
             whole, self._partial = taken, 0
             self._pending = []
@@ -333,7 +276,7 @@ class SpoolWriter:
             self._unsynced_bytes += whole
 
     def _rotate(self) -> bool:
-        """Opens the next segment, headed by what is not synced of this one. False leaves everything as it was, but broken."""
+        """Opens the next segment, headed by what is not synced of this one. False leaves all as it was, but broken."""
         carried = b"".join(self._unsynced)
         sequence = self._sequence + 1
         header = Header(
@@ -379,12 +322,12 @@ class SpoolWriter:
         self._on_synced(len(self._unsynced))
 
     def _start_sync(self) -> None:
-        """Syncs without holding the loop where a thread is given; a tainted segment is replaced first, when that is due."""
+        """Syncs, in the thread where there is one; a tainted segment is replaced first, when that is due."""
         if self._syncing_fd >= 0 or self._durability == "os":
             return
         if self._tainted and (self._clock.monotonic() < self._retry_at or not self._rotate()):
             return
-        if self._in_thread is None:
+        if self._in_thread is None or self._durability == "row":
             self._sync_now()
             return
         self._syncing_fd = fd = self._fd
@@ -416,8 +359,8 @@ class SpoolWriter:
     def _on_sync_failed(self, error: OSError) -> None:
         """The kernel may have marked the lost pages clean: this descriptor's word is worth nothing any more.
 
-        The first failure makes a new segment at once; a disk that goes on failing gets one each RETRY_S, doubling to RETRY_MAX_S,
-        and meanwhile records are still written, accepted though not durable.
+        The first failure makes a new segment at once; a disk that goes on failing gets one each RETRY_S, doubling to
+        RETRY_MAX_S, and meanwhile records are still written, accepted though not durable.
         """
         self._tainted = True
         self._sync_failures += 1

@@ -1,29 +1,32 @@
 """The telemetry process: reads every spool stream and stores groups of rows, each exactly once.
 
-Owns: the streams, the group being gathered, the order commit -> remove files -> forget, retries, retention. Must not know: HTTP,
-workers, which database it is.
+Owns: when a group is due, the order commit -> remove files -> forget, retries, retention, the end. Must not know:
+HTTP, workers, which database it is; reading the spool is gather.py's.
 
 Exactly once. Let a stream's cursor be the position recorded in the store.
-1. A group holds the finals of every record between each stream's recorded cursor and its new one, and the new cursors; both
-   are committed in one transaction. Killed before it commits: neither is there, and the same records are read again from the
-   recorded cursor. Killed after: both are there, and reading goes on behind them. There is no third state.
-2. A commit whose outcome is unknown (connection lost after COMMIT, I/O error) is decided by reading the cursors back: a group with
-   rows moves at least one cursor, so all its cursors are there if and only if its rows are.
-3. Reading only ever moves forward inside one process, and only one process reads: it holds `telemetry.lock` in state_dir.
-4. A transaction without a final gets its row (`interrupted`) in the transaction that marks its stream `finished`, after the
-   writer's lock was found free, no later segment existed after that, and the last segment was read to its end. A dead writer adds
-   nothing, so no final can follow, and a finished stream is never read again.
-5. Files are removed only after the commit that moved the cursor behind them, and a finished stream's cursor is deleted only after
-   the directory is synced without its files. Killed in between: the recorded cursor tells that what is left is stale.
-6. Leaving a segment stores (`sys_ai_spool_open`) what began in it and has not ended, in the transaction that moves the cursor, so a
-   long stream pins no segment; its end deletes that in the transaction that stores its row.
-7. A writer that copied unsynced records to its next segment (failed fsync, rotation) says which bytes they are; the cursor moves
-   to behind those already consumed (segment.py).
+1. A group holds the finals of every record between each stream's recorded cursor and its new one, and the new cursors;
+   both are committed in one transaction. Killed before it commits: neither is there, and the same records are read
+   again from the recorded cursor. Killed after: both are there, and reading goes on behind them. There is no third
+   state.
+2. A commit whose outcome is unknown (connection lost after COMMIT, I/O error) is decided by reading the cursors back:
+   a group with rows moves at least one cursor, so all its cursors are there if and only if its rows are.
+3. Reading only ever moves forward inside one process, and only one process reads: it holds `telemetry.lock` in
+   state_dir.
+4. A transaction without a final gets its row (`interrupted`) in the transaction that marks its stream `finished`,
+   after the writer's lock was found free, no later segment existed after that, and the last segment was read to its
+   end. A dead writer adds nothing, so no final can follow, and a finished stream is never read again.
+5. Files are removed only after the commit that moved the cursor behind them, and a finished stream's cursor is deleted
+   only after the directory is synced without its files. Killed in between: the recorded cursor tells that what is left
+   is stale.
+6. Leaving a segment stores (`sys_ai_spool_open`) what began in it and has not ended, in the transaction that moves the
+   cursor, so a long stream pins no segment; its end deletes that in the transaction that stores its row.
+7. A writer that copied unsynced records to its next segment (failed fsync, rotation) says which bytes they are; the
+   cursor moves to behind those already consumed (segment.py).
 8. Power loss may leave less of a segment than was read and stored. Then a final may be gone whose row is there, so each
    transaction that looks open is first looked up by user, second and request id.
 
-Bounds: a group holds `batch_rows` finals, waits `linger` for company; while the store fails exactly one group is in memory and the
-spool grows instead; retries back off to RETRY_MAX_S; a stop drains for at most DRAIN_S.
+Bounds: a group holds `batch_rows` finals, waits `linger` for company; while the store fails exactly one group is in
+memory and the spool grows instead; retries back off to RETRY_MAX_S; a stop drains for at most DRAIN_S.
 """
 
 from __future__ import annotations
@@ -34,33 +37,34 @@ import fcntl
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import orjson
-
 from proxyd.clock import SYSTEM, Clock
-from proxyd.store.schema import Batch, Cursor, OpenTransaction, Row, Store, StoreError
+from proxyd.store.schema import OpenTransaction, Row, Store, StoreError
 from proxyd.store.sink import make_store
-from proxyd.telemetry.reader import Moved, Open, Phase, Stream, interrupted
-from proxyd.telemetry.record import Final
-from proxyd.telemetry.recovery import adopt, remove_if_empty, remove_leftovers, remove_segments
-from proxyd.telemetry.segment import DEAD_LETTERS, directory_bytes, ensure_spool_dir, list_spool, segment_name
-from proxyd.telemetry.spool import SpoolLog
+from proxyd.telemetry.deadletter import append_dead_letters
+from proxyd.telemetry.gather import Gatherer, Group
+from proxyd.telemetry.reader import interrupted
+from proxyd.telemetry.recovery import remove_leftovers
+from proxyd.telemetry.segment import DEAD_LETTERS, directory_bytes, ensure_spool_dir, list_spool
+from proxyd.telemetry.spoolio import SpoolLog
 
 LOCK_NAME = "telemetry.lock"
-# An idle node looks at its spool this often: 20 directory listings a second cost 0.1 % of a core; twice doubles a row's delay.
+# An idle node looks at its spool this often: 20 directory listings a second cost 0.1 % of a core; twice doubles a
+# row's delay.
 IDLE_MAX_S = 0.05
 POLL_MIN_S = 0.005  # right after something came
 RETRY_MIN_S = 0.05
 RETRY_MAX_S = 5.0
 # How long a stop waits for live writers to close and for the store. The master kills after more than that.
 DRAIN_S = 5.0
-PROBE_S = 0.25
 GAUGE_S = 1.0
 RETENTION_EVERY_S = 3600.0
-# Rows deleted at once: one short transaction between two groups. Ten times more would delay a group by tens of milliseconds.
+RETENTION_RETRY_S = 60.0
+# Rows deleted at once: one short transaction between two groups. Ten times more would delay a group by tens of
+# milliseconds.
 RETENTION_ROWS = 500
 
 
@@ -79,36 +83,26 @@ class Settings:
     linger_s: float
     batch_rows: int
     retention_s: float
-
-
-@dataclass(slots=True)
-class Group:
-    """What is gathered for one commit. `since` is the monotonic time of its first row."""
-
-    batch: Batch = field(default_factory=Batch)
-    touched: dict[str, Stream] = field(default_factory=dict)
-    moved: list[tuple[Stream, Moved]] = field(default_factory=list)
-    ended: list[tuple[Stream, Moved]] = field(default_factory=list)
-    accepted_at: list[float] = field(default_factory=list)
-    interrupted: int = 0
-    since: float | None = None
-    has_set_aside: bool = False
-
-    @property
-    def must_commit(self) -> bool:
-        """True when there is more than rows in it, which waits for no company."""
-        return bool(self.moved or self.ended or self.batch.forgotten)
+    drain_s: float = DRAIN_S
 
 
 async def run(
-    config: Any, secrets: Any, metrics: Metrics, log: SpoolLog, stop: asyncio.Event, *, clock: Clock = SYSTEM
+    config: Any,
+    secrets: Any,
+    metrics: Metrics,
+    log: SpoolLog,
+    stop: asyncio.Event,
+    *,
+    clock: Clock = SYSTEM,
+    drain_s: float = DRAIN_S,
 ) -> None:
-    """The telemetry process's life: returns some time after `stop` is set, all closed streams stored (at most DRAIN_S later).
+    """The telemetry process's life: returns when `stop` is set and all closed streams are stored, or `drain_s` later.
 
-    Raises SpoolError when server.state_dir is missing or not ours; nothing else that the disk or the database does ends it.
+    Raises SpoolError when server.state_dir is missing or not ours; nothing else that the disk or the database does
+    ends it.
     """
     directory = ensure_spool_dir(config.server.state_dir)
-    settings = Settings(config.telemetry.linger, config.telemetry.batch_rows, config.telemetry.retention)
+    settings = Settings(config.telemetry.linger, config.telemetry.batch_rows, config.telemetry.retention, drain_s)
     async with _only_one(Path(config.server.state_dir) / LOCK_NAME, stop, log) as is_ours:
         if is_ours:
             store = make_store(config.telemetry.sink, config.telemetry.durability)
@@ -119,29 +113,9 @@ class Writer:
     """Gathers and stores. One instance a process, under the lock."""
 
     __slots__ = (
-        "_clock",
-        "_directory",
-        "_drain_until",
-        "_finished",
-        "_forget",
-        "_group",
-        "_interrupted",
-        "_is_open",
-        "_lag",
-        "_log",
-        "_next_gauge",
-        "_next_probe",
-        "_next_retention",
-        "_rejected",
-        "_dead",
-        "_retry_s",
-        "_settings",
-        "_spool_bytes",
-        "_stop",
-        "_store",
-        "_stored",
-        "_streams",
-    )
+        "_clock", "_dead", "_directory", "_drain_until", "_gatherer", "_has_given_up", "_interrupted", "_is_open",
+        "_lag", "_log", "_next_gauge", "_next_retention", "_retry_s", "_settings", "_spool_bytes", "_stop", "_store", "_stored",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -160,17 +134,12 @@ class Writer:
         self._dead = metrics.counter("proxyd_telemetry_rows_total", state="dead")
         self._lag = metrics.histogram("proxyd_telemetry_lag_seconds")
         self._spool_bytes = metrics.gauge("proxyd_telemetry_spool_bytes")
-        self._streams: dict[str, Stream] = {}
-        self._rejected: set[str] = set()
-        # Ended in this process's life: should a file of theirs outlive its removal, it is not read again.
-        self._finished: set[str] = set()
-        self._forget: list[str] = []
-        self._group = Group()
-        self._is_open = False
+        self._gatherer = Gatherer(directory, settings.batch_rows, log, clock)
+        self._is_open = self._has_given_up = False
         self._retry_s = RETRY_MIN_S
         self._drain_until: float | None = None
-        self._next_gauge = self._next_probe = 0.0
-        self._next_retention = clock.monotonic() + 60.0
+        self._next_gauge = 0.0
+        self._next_retention = clock.monotonic() + RETENTION_RETRY_S
 
     async def serve(self) -> None:
         """Recovers, then gathers and stores until told to stop and drained."""
@@ -178,36 +147,38 @@ class Writer:
         if removed:
             self._log.info("spool_leftovers_removed", files=removed)
         try:
-            while not await self._recover():
+            while not await self.recover():
                 if not await self._pause_after_failure():
                     return
             delay = POLL_MIN_S
             while True:
-                try:
-                    is_idle = self._gather()
-                except OSError as error:
-                    self._log.error("spool_unreadable", directory=str(self._directory), reason=str(error))
-                    is_idle = True
-                if self._is_due():
-                    if not await self._store_group():
-                        return
-                    is_idle = False
-                    if self._is_out_of_time():
-                        return
-                elif self._is_drained():
+                is_idle = await self.step()
+                if self._has_given_up or self._is_out_of_time() or (is_idle and self._is_drained()):
                     return
+                self._measure()
                 await self._keep_retention()
                 delay = min(delay * 2, IDLE_MAX_S) if is_idle else POLL_MIN_S
-                await self._sleep(self._wait(delay) if is_idle or self._group.since is not None else 0.0)
+                await self._sleep(self._wait(delay) if is_idle or self._gatherer.group.since is not None else 0.0)
         finally:
-            for stream in self._streams.values():
-                stream.close()
+            self._gatherer.close()
             with contextlib.suppress(StoreError):
                 await self._store.close()
 
-    async def _recover(self) -> bool:
+    async def step(self) -> bool:
+        """Gathers once, and stores the group if it is due; True when there was nothing to do."""
+        try:
+            is_idle = self._gatherer.gather(self._stop.is_set())
+        except OSError as error:
+            self._log.error("spool_unreadable", directory=str(self._directory), reason=str(error))
+            is_idle = True
+        if self._is_due():
+            self._has_given_up = not await self._store_group()
+            is_idle = False
+        return is_idle
+
+    async def recover(self) -> bool:
         """Opens the store and puts every stream at its recorded place; False when the store cannot be read."""
-        self._forget.clear()
+        self._gatherer.forget.clear()
         try:
             await self._open_store()
             cursors = await self._store.cursors()
@@ -216,113 +187,18 @@ class Writer:
                 carried.setdefault(known.stream, []).append(known)
             listing, _ = list_spool(self._directory)
             for name in cursors.keys() | listing.keys():
-                self._adopt(name, listing.get(name, []), cursors.get(name), carried.get(name, []))
+                self._gatherer.adopt(name, listing.get(name, []), cursors.get(name), carried.get(name, []))
         except (StoreError, OSError) as error:
             self._on_failure(error)
             return False
         return True
 
-    def _adopt(
-        self, name: str, sequences: Sequence[int], cursor: Cursor | None, carried: Sequence[OpenTransaction]
-    ) -> None:
-        if cursor is not None and cursor.finished:
-            self._finished.add(name)
-            remove_segments(self._directory, name, sequences)
-            self._forget.append(name)
-            return
-        stream = adopt(self._directory, name, sequences, cursor, carried)
-        if stream is None:
-            for sequence in sequences:
-                self._reject(segment_name(name, sequence))
-            return
-        if cursor is not None:
-            remove_segments(self._directory, name, [number for number in sequences if number < cursor.segment])
-            if stream.is_short:
-                self._log.error(
-                    "spool_shorter_than_stored", stream=name, segment=cursor.segment, position=cursor.position
-                )
-        self._streams[name] = stream
-
-    def _reject(self, name: str) -> None:
-        """A file that we cannot read as a segment: reported once and left alone, or removed when it is empty and ours."""
-        if name in self._rejected:
-            return
-        if name.endswith(".spool") and remove_if_empty(self._directory / name):
-            self._log.warning("spool_empty_segment_removed", file=name)
-            return
-        self._rejected.add(name)
-        self._log.warning("spool_foreign_file", file=name, directory=str(self._directory))
-
-    def _gather(self) -> bool:
-        """Reads what the streams hold now into the group; True when there was nothing. Blocking, at most a segment a stream."""
-        # Listed first: a successor seen here was made before the reads below, so its predecessor is complete by then.
-        listing, foreign = list_spool(self._directory)
-        for name in foreign:
-            self._reject(name)
-        for name in listing.keys() - self._streams.keys() - self._finished:
-            if any(segment_name(name, sequence) not in self._rejected for sequence in listing[name]):
-                self._adopt(name, listing[name], None, [])
-        now = self._clock.monotonic()
-        is_probe_due = self._stop.is_set() or now >= self._next_probe
-        if is_probe_due:
-            self._next_probe = now + PROBE_S
-        if now >= self._next_gauge:
-            self._next_gauge = now + GAUGE_S
-            self._spool_bytes.set(directory_bytes(self._directory))
-        has_read = False
-        for name, stream in self._streams.items():
-            if stream.phase is Phase.ENDED or any(stream is other for other, _ in self._group.moved):
-                continue  # one step a commit
-            try:
-                has_read |= self._read(name, stream, listing.get(name, []), is_probe_due)
-            except OSError as error:
-                self._log.error("spool_unreadable", stream=name, segment=stream.sequence, reason=str(error))
-        return not has_read
-
-    def _read(self, name: str, stream: Stream, known: Sequence[int], is_probe_due: bool) -> bool:
-        group, limit = self._group, self._settings.batch_rows
-        before = stream.position
-        while len(group.batch.rows) < limit:
-            frame = stream.next_frame()
-            if frame is None:
-                break
-            final = stream.apply(frame)
-            if final is not None:
-                self._add(stream, final)
-        else:
-            group.touched[name] = stream
-            return True
-        if stream.position != before:
-            group.touched[name] = stream
-        moved = stream.leave(known)
-        if moved is not None:
-            group.moved.append((stream, moved))
-            group.touched[name] = stream
-            return True
-        if stream.phase is Phase.ABANDONED:
-            group.ended.append((stream, stream.end()))
-            group.touched[name] = stream
-            return True
-        if is_probe_due and stream.is_writer_gone():
-            stream.transition(Phase.ABANDONED)
-            return True
-        return stream.position != before
-
-    def _add(self, stream: Stream, final: Final) -> None:
-        group = self._group
-        if stream.end_transaction(final.txn):
-            group.batch.closed.append((stream.name, final.txn))
-        group.batch.rows.append(Row(*final[1:-1]))
-        group.accepted_at.append(final.accepted_at)
-        if group.since is None:
-            group.since = self._clock.monotonic()
-
     def _is_due(self) -> bool:
         """True when the group is to be stored now."""
-        group = self._group
-        if self._forget:
-            group.batch.forgotten, self._forget = self._forget, []
-        if group.must_commit or self._stop.is_set() and group.batch.rows:
+        group = self._gatherer.group
+        if self._gatherer.forget:
+            group.batch.forgotten, self._gatherer.forget = self._gatherer.forget, []
+        if group.must_commit or (self._stop.is_set() and group.batch.rows):
             return True
         if group.since is None:
             return False
@@ -330,28 +206,26 @@ class Writer:
         return len(group.batch.rows) >= self._settings.batch_rows or waited >= self._settings.linger_s
 
     def _is_drained(self) -> bool:
-        """True when a stop was asked for and nothing more can come, or its time is up."""
-        if not self._stop.is_set():
-            return False
-        return not self._streams or self._is_out_of_time()
+        """True when a stop was asked for and nothing more can come."""
+        return self._stop.is_set() and not self._gatherer.streams
 
     def _is_out_of_time(self) -> bool:
         return self._stop.is_set() and self._clock.monotonic() >= self._deadline()
 
     def _wait(self, delay: float) -> float:
         """How long until the next look: no longer than the group may still wait."""
-        if self._group.since is None:
+        if self._gatherer.group.since is None:
             return delay
-        return max(0.0, min(delay, self._group.since + self._settings.linger_s - self._clock.monotonic()))
+        return max(0.0, min(delay, self._gatherer.group.since + self._settings.linger_s - self._clock.monotonic()))
 
     def _deadline(self) -> float:
         if self._drain_until is None:
-            self._drain_until = self._clock.monotonic() + DRAIN_S
+            self._drain_until = self._clock.monotonic() + self._settings.drain_s
         return self._drain_until
 
     async def _store_group(self) -> bool:
         """Commits the group, then removes what it made superfluous. False when told to stop while the store fails."""
-        group = self._group
+        group = self._gatherer.group
         is_complete = False
         while not is_complete:
             try:
@@ -362,7 +236,7 @@ class Writer:
                         break
                 if group.ended:
                     await self._end_transactions(group)
-                self._complete(group)
+                group.complete()
                 refused = await self._store.commit(group.batch, self._set_aside)
                 is_complete = True
             except (StoreError, OSError) as error:
@@ -370,7 +244,7 @@ class Writer:
                 if not await self._pause_after_failure():
                     return False
         self._retry_s = RETRY_MIN_S
-        self._group = Group()
+        self._gatherer.group = Group()
         self._on_stored(group, refused)
         return True
 
@@ -393,38 +267,11 @@ class Writer:
                 if stream.end_transaction(txn):
                     group.batch.closed.append((stream.name, txn))
 
-    def _complete(self, group: Group) -> None:
-        """Adds the cursors, and what is to be carried of the streams that left a segment. Idempotent."""
-        batch = group.batch
-        batch.cursors = {
-            name: Cursor(name, stream.sequence, stream.position, stream.phase is Phase.ENDED)
-            for name, stream in group.touched.items()
-        }
-        batch.carried = [
-            OpenTransaction(stream.name, txn, opened.intent, opened.checkpoint)
-            for stream, _ in group.moved
-            for txn, opened in stream.open.items()
-        ]
-
     def _set_aside(self, refused: Sequence[tuple[Row, str]]) -> None:
-        """Appends rows that the store will never take to the dead letters and syncs them. Called in the store's thread.
-
-        Killed between this and the commit, the rows are refused and appended again: the file may hold a row twice, the table never.
-        """
-        if self._group.has_set_aside or not refused:
-            return
-        lines = b"".join(
-            orjson.dumps({"row": {**row._asdict(), "user_id": str(row.user_id)}, "reason": reason}) + b"\n"
-            for row, reason in refused
-        )
-        fd = os.open(self._directory / DEAD_LETTERS, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            while lines:
-                lines = lines[os.write(fd, lines) :]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        self._group.has_set_aside = True
+        """Called in the store's thread while the commit waits for it; a retried commit does not append again."""
+        if refused and not self._gatherer.group.has_set_aside:
+            append_dead_letters(self._directory, refused)
+            self._gatherer.group.has_set_aside = True
 
     def _on_stored(self, group: Group, refused: int) -> None:
         """Counts, and removes the files that the commit left behind."""
@@ -438,39 +285,16 @@ class Writer:
             self._log.error("rows_refused", rows=refused, file=str(self._directory / DEAD_LETTERS))
         for accepted_at in group.accepted_at:
             self._lag.record(max(0.0, now - accepted_at))
-        for stream, _ in group.moved:
-            for opened in stream.open.values():
-                opened.carried = True
-        for stream, moved in (*group.moved, *group.ended):
-            self._remove(stream, moved)
-        for stream, _ in group.ended:
-            del self._streams[stream.name]
-            self._finished.add(stream.name)
+        self._gatherer.on_stored(group)
 
-    def _remove(self, stream: Stream, moved: Moved) -> None:
-        cut = moved.cut
-        if cut is not None:
-            log = self._log.error if cut.is_damage else self._log.warning
-            log("spool_tail_cut", stream=stream.name, segment=cut.segment, position=cut.position, bytes=cut.bytes)
-        if moved.skipped_bytes:
-            self._log.error(
-                "spool_records_missing", stream=stream.name, segment=stream.sequence, bytes=moved.skipped_bytes
-            )
-        if stream.skipped_records:
-            self._log.error("spool_records_unknown", stream=stream.name, records=stream.skipped_records)
-            stream.skipped_records = 0
-        try:
-            damaged = (cut.segment,) if cut is not None and cut.is_damage else ()
-            remove_segments(self._directory, stream.name, moved.done_with, damaged)
-        except OSError as error:
-            # The cursor says that they are stale: the next start removes them. So the stream must not be forgotten now.
-            self._log.error("spool_not_removed", stream=stream.name, reason=str(error))
-            return
-        if stream.phase is Phase.ENDED:
-            self._forget.append(stream.name)
+    def _measure(self) -> None:
+        now = self._clock.monotonic()
+        if now >= self._next_gauge:
+            self._next_gauge = now + GAUGE_S
+            self._spool_bytes.set(directory_bytes(self._directory))
 
     async def _keep_retention(self) -> None:
-        """Deletes one small batch of rows past their retention when an hour has gone by, and goes on until none is left."""
+        """Deletes one small batch of rows past their retention, once an hour one after the other until none is left."""
         now = self._clock.monotonic()
         if now < self._next_retention or not self._is_open or self._settings.retention_s <= 0 or self._stop.is_set():
             return
@@ -478,7 +302,8 @@ class Writer:
             gone = await self._store.delete_older(self._clock.wall() - self._settings.retention_s, RETENTION_ROWS)
         except StoreError as error:
             self._log.warning("retention_failed", reason=str(error))
-            gone = 0
+            self._next_retention = now + RETENTION_RETRY_S
+            return
         if gone < RETENTION_ROWS:
             self._next_retention = now + RETENTION_EVERY_S
 
@@ -489,7 +314,9 @@ class Writer:
     def _on_failure(self, error: Exception) -> None:
         self._is_open = False
         self._spool_bytes.set(directory_bytes(self._directory))
-        self._log.error("store_failed", reason=str(error), retry_s=self._retry_s, waiting=len(self._group.batch.rows))
+        self._log.error(
+            "store_failed", reason=str(error), retry_s=self._retry_s, waiting=len(self._gatherer.group.batch.rows)
+        )
 
     async def _pause_after_failure(self) -> bool:
         """Waits before the next try; False when a stop's time is up: what is not stored stays in the spool."""

@@ -1,0 +1,211 @@
+"""Reads every spool stream into the group that is stored next.
+
+Owns: the streams, the group being gathered, files that are no segments, the removal of consumed ones. Must not know:
+the store's connection, retries, when a group is due.
+Invariants:
+- What a stream handed out is in the group: a failing read leaves both as they were before the record that failed.
+- A stream takes at most one step (next segment, end) a group, so what the group must carry is what the stream has open.
+- A stream that ended in this process's life is never read again, even if its files could not be removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from proxyd.clock import Clock
+from proxyd.store.schema import Batch, Cursor, OpenTransaction, Row
+from proxyd.telemetry.reader import Moved, Phase, Stream
+from proxyd.telemetry.record import Final
+from proxyd.telemetry.recovery import adopt, remove_if_empty, remove_segments
+from proxyd.telemetry.segment import list_spool, segment_name
+from proxyd.telemetry.spoolio import SpoolLog
+
+# How often an idle stream's lock is tried: what a dead worker left open becomes rows at most this much later.
+PROBE_S = 0.25
+
+
+@dataclass(slots=True)
+class Group:
+    """What is gathered for one commit. `since` is the monotonic time of its first row."""
+
+    batch: Batch = field(default_factory=Batch)
+    touched: dict[str, Stream] = field(default_factory=dict)
+    moved: list[tuple[Stream, Moved]] = field(default_factory=list)
+    ended: list[tuple[Stream, Moved]] = field(default_factory=list)
+    accepted_at: list[float] = field(default_factory=list)
+    interrupted: int = 0
+    since: float | None = None
+    has_set_aside: bool = False
+
+    @property
+    def must_commit(self) -> bool:
+        """True when there is more than rows in it, which waits for no company."""
+        return bool(self.moved or self.ended or self.batch.forgotten)
+
+    def complete(self) -> None:
+        """Adds the cursors, and what is to be carried of the streams that left a segment. Idempotent."""
+        batch = self.batch
+        batch.cursors = {
+            name: Cursor(name, stream.sequence, stream.position, stream.phase is Phase.ENDED)
+            for name, stream in self.touched.items()
+        }
+        batch.carried = [
+            OpenTransaction(stream.name, txn, opened.intent, opened.checkpoint)
+            for stream, _ in self.moved
+            for txn, opened in stream.open.items()
+        ]
+
+
+class Gatherer:
+    """All streams of one spool directory."""
+
+    __slots__ = (
+        "_clock", "_directory", "_finished", "_limit", "_log", "_next_probe", "_rejected", "forget", "group", "streams"
+    )  # fmt: skip
+
+    def __init__(self, directory: Path, limit: int, log: SpoolLog, clock: Clock) -> None:
+        self._directory, self._limit, self._log, self._clock = directory, limit, log, clock
+        self.streams: dict[str, Stream] = {}
+        self.group = Group()
+        # Ended streams without files, whose cursors the next commit may delete.
+        self.forget: list[str] = []
+        self._rejected: set[str] = set()
+        self._finished: set[str] = set()
+        self._next_probe = 0.0
+
+    def adopt(
+        self, name: str, sequences: Sequence[int], cursor: Cursor | None, carried: Sequence[OpenTransaction]
+    ) -> None:
+        """Takes a stream up at its cursor; what the cursor says is stale goes. A repeated call starts it over."""
+        known = self.streams.pop(name, None)
+        if known is not None:
+            known.close()
+        if cursor is not None and cursor.finished:
+            self._finished.add(name)
+            remove_segments(self._directory, name, sequences)
+            self.forget.append(name)
+            return
+        stream = adopt(self._directory, name, sequences, cursor, carried)
+        if stream is None:
+            for sequence in sequences:
+                self._reject(segment_name(name, sequence))
+            return
+        if cursor is not None:
+            remove_segments(self._directory, name, [number for number in sequences if number < cursor.segment])
+            if stream.is_short:
+                self._log.error(
+                    "spool_shorter_than_stored", stream=name, segment=cursor.segment, position=cursor.position
+                )
+        self.streams[name] = stream
+
+    def _reject(self, name: str) -> None:
+        """A file that is no segment we can read: reported once and left alone, or removed if it is ours and empty."""
+        if name in self._rejected:
+            return
+        if name.endswith(".spool") and remove_if_empty(self._directory / name):
+            self._log.warning("spool_empty_segment_removed", file=name)
+            return
+        self._rejected.add(name)
+        self._log.warning("spool_foreign_file", file=name, directory=str(self._directory))
+
+    def gather(self, is_stopping: bool) -> bool:
+        """Reads what the streams hold now into the group; True when there was nothing. Blocking: a segment a stream."""
+        # Listed first: a successor seen here was made before the reads below, so its predecessor is complete by then.
+        listing, foreign = list_spool(self._directory)
+        for name in foreign:
+            self._reject(name)
+        for name in listing.keys() - self.streams.keys() - self._finished:
+            if any(segment_name(name, sequence) not in self._rejected for sequence in listing[name]):
+                self.adopt(name, listing[name], None, [])
+        now = self._clock.monotonic()
+        is_probe_due = is_stopping or now >= self._next_probe
+        if is_probe_due:
+            self._next_probe = now + PROBE_S
+        has_read = False
+        for name, stream in self.streams.items():
+            if stream.phase is Phase.ENDED or any(stream is other for other, _ in self.group.moved):
+                continue  # one step a commit
+            try:
+                has_read |= self._read(name, stream, listing.get(name, []), is_probe_due)
+            except OSError as error:
+                self._log.error("spool_unreadable", stream=name, segment=stream.sequence, reason=str(error))
+        return not has_read
+
+    def _read(self, name: str, stream: Stream, known: Sequence[int], is_probe_due: bool) -> bool:
+        group, limit = self.group, self._limit
+        before = stream.position
+        try:
+            while len(group.batch.rows) < limit:
+                frame = stream.next_frame()
+                if frame is None:
+                    break
+                final = stream.apply(frame)
+                if final is not None:
+                    self._add(stream, final)
+            else:
+                return True
+        finally:
+            # Also when a read failed: rows without the cursor that covers them would be stored again by a successor.
+            if stream.position != before:
+                group.touched[name] = stream
+        moved = stream.leave(known)
+        if moved is not None:
+            group.moved.append((stream, moved))
+            group.touched[name] = stream
+            return True
+        if stream.phase is Phase.ABANDONED:
+            group.ended.append((stream, stream.end()))
+            group.touched[name] = stream
+            return True
+        if is_probe_due and stream.is_writer_gone():
+            stream.transition(Phase.ABANDONED)
+            return True
+        return stream.position != before
+
+    def _add(self, stream: Stream, final: Final) -> None:
+        group = self.group
+        if stream.end_transaction(final.txn):
+            group.batch.closed.append((stream.name, final.txn))
+        group.batch.rows.append(Row(*final[1:-1]))
+        group.accepted_at.append(final.accepted_at)
+        if group.since is None:
+            group.since = self._clock.monotonic()
+
+    def on_stored(self, group: Group) -> None:
+        """After the group's commit: removes the files that it left behind, and the ended streams."""
+        for stream, _ in group.moved:
+            for opened in stream.open.values():
+                opened.carried = True
+        for stream, moved in (*group.moved, *group.ended):
+            self._remove(stream, moved)
+        for stream, _ in group.ended:
+            del self.streams[stream.name]
+            self._finished.add(stream.name)
+
+    def _remove(self, stream: Stream, moved: Moved) -> None:
+        cut = moved.cut
+        if cut is not None:
+            log = self._log.error if cut.is_damage else self._log.warning
+            log("spool_tail_cut", stream=stream.name, segment=cut.segment, position=cut.position, bytes=cut.bytes)
+        if moved.skipped_bytes:
+            self._log.error(
+                "spool_records_missing", stream=stream.name, segment=stream.sequence, bytes=moved.skipped_bytes
+            )
+        if stream.skipped_records:
+            self._log.error("spool_records_unknown", stream=stream.name, records=stream.skipped_records)
+            stream.skipped_records = 0
+        try:
+            damaged = (cut.segment,) if cut is not None and cut.is_damage else ()
+            remove_segments(self._directory, stream.name, moved.done_with, damaged)
+        except OSError as error:
+            # The cursor says that they are stale: the next start removes them. So the stream must not be forgotten now.
+            self._log.error("spool_not_removed", stream=stream.name, reason=str(error))
+            return
+        if stream.phase is Phase.ENDED:
+            self.forget.append(stream.name)
+
+    def close(self) -> None:
+        for stream in self.streams.values():
+            stream.close()
