@@ -4,9 +4,10 @@ from typing import Protocol
 from proxyd._shm import Counter, Histogram
 from proxyd._sse import Splitter
 
-BODY_LENGTH: int
-BODY_CHUNKED: int
-BODY_CLOSE: int
+from proxyd._frame import BODY_CHUNKED as BODY_CHUNKED
+from proxyd._frame import BODY_CLOSE as BODY_CLOSE
+from proxyd._frame import BODY_LENGTH as BODY_LENGTH
+from proxyd._frame import Unframer as Unframer
 
 class Owner(Protocol):
     def on_first(self) -> None: ...
@@ -17,14 +18,6 @@ class Owner(Protocol):
     def on_client_gone(self, error: int) -> None: ...
     def on_drained(self) -> None: ...
     def on_failure(self, error: BaseException) -> None: ...
-
-class Unframer:
-    kind: int
-    leftover: int
-    def __init__(self, kind: int, length: int = ...) -> None: ...
-    @property
-    def done(self) -> bool: ...
-    def feed(self, data: bytes) -> bytes: ...
 
 class Engine:
     turn_bytes: int

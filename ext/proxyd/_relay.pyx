@@ -20,6 +20,7 @@ Must not know: routes, providers, tokens, policy, logs. What happens to the stre
 
 Invariants: at most one recv and one send per readiness; at most `buffer_bytes` pending, then the upstream is not read;
 spans of the splitter live until the end of the turn that made them; a closed exchange has no callback registered.
+Long because a turn crosses all of it, and C compilers do not inline across modules.
 The clock is read for one turn in sixteen, only to measure (proxyd_relay_lag_seconds); nothing is decided by it.
 """
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -31,10 +32,13 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove
 from posix.types cimport off_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from proxyd._frame cimport WHOLE, Unframer
 from proxyd._shm cimport Counter, Histogram
 from proxyd._sse cimport Span, Splitter
 
 import ssl
+
+from proxyd._frame import BODY_CHUNKED, BODY_CLOSE, BODY_LENGTH
 
 cdef extern from "<sys/uio.h>" nogil:
     struct iovec:
@@ -63,15 +67,10 @@ cdef extern from *:
     """
     void px_message(msghdr* message, iovec* vectors, size_t count) noexcept nogil
 
-BODY_LENGTH = 0
-BODY_CHUNKED = 1
-BODY_CLOSE = 2
-
 cdef enum:
     HEADROOM = 32           # longest chunk header is 16 hex digits + CRLF
     TAILROOM = 16           # CRLF "0" CRLF CRLF
     MARK_BYTES = 1024       # 256 tokens at four bytes each
-    MAX_CHUNK_LINE = 16384  # extensions and each trailer line; a peer that sends more is broken
     LENGTH = 0
     CHUNKED = 1
     CLOSE = 2
@@ -79,170 +78,7 @@ cdef enum:
     RUNNING = 0
     ENDING = 1              # nothing more will be read; pending bytes still leave
     CLOSED = 2
-    # where the un-framer stands in a chunked body
-    SIZE = 0
-    EXTENSION = 1
-    SIZE_LF = 2
-    DATA = 3
-    DATA_CR = 4
-    DATA_LF = 5
-    TRAILER = 6
-    TRAILER_LINE = 7
-    TRAILER_LF = 8
-    END_LF = 9
-    WHOLE = 10
-    BAD = 11
 
-
-cdef class Unframer:
-    """Takes an answer body's framing off, in place. Also used alone, for bodies that are collected and not streamed.
-
-    kind BODY_LENGTH with `length` bytes, BODY_CHUNKED, or BODY_CLOSE. Chunk extensions and trailers are dropped.
-    """
-    cdef readonly int kind
-    cdef int state
-    cdef int digits
-    cdef uint64_t left
-    cdef Py_ssize_t line
-    cdef readonly Py_ssize_t leftover
-
-    def __init__(self, int kind, uint64_t length=0):
-        self.kind = kind
-        self.left = length if kind == LENGTH else 0
-        self.state = WHOLE if kind == LENGTH and length == 0 else SIZE
-
-    @property
-    def done(self):
-        return self.state == WHOLE
-
-    def feed(self, bytes data not None):
-        """The payload within `data`; raises ValueError when the framing is broken."""
-        cdef bytearray copy = bytearray(data)
-        cdef unsigned char* out = NULL
-        cdef unsigned char* base = copy
-        cdef Py_ssize_t size = self.take(base, len(data), &out)
-        if size < 0:
-            raise ValueError("bad chunked framing")
-        return out[:size]
-
-    cdef Py_ssize_t take(self, unsigned char* text, Py_ssize_t size, unsigned char** out) noexcept nogil:
-        """Payload length, its start in `out` (inside text); -1 on broken framing. Pieces are moved together."""
-        cdef Py_ssize_t at = 0, piece, total = 0
-        cdef unsigned char* payload = text
-        cdef unsigned char byte
-        cdef int digit
-        out[0] = text
-        if self.kind == CLOSE:
-            return size
-        if self.kind == LENGTH:
-            if <uint64_t> size >= self.left:
-                self.leftover += size - <Py_ssize_t> self.left
-                size = <Py_ssize_t> self.left
-                self.state = WHOLE
-            self.left -= <uint64_t> size
-            return size
-        while at < size:
-            if self.state == DATA:
-                piece = size - at
-                if <uint64_t> piece > self.left:
-                    piece = <Py_ssize_t> self.left
-                if total == 0:
-                    payload = text + at
-                elif payload + total != text + at:
-                    memmove(payload + total, text + at, piece)
-                total += piece
-                self.left -= <uint64_t> piece
-                at += piece
-                if self.left == 0:
-                    self.state = DATA_CR
-                continue
-            if self.state == WHOLE:
-                self.leftover += size - at
-                break
-            byte = text[at]
-            at += 1
-            if self.state == SIZE:
-                digit = -1
-                if c'0' <= byte <= c'9':
-                    digit = byte - c'0'
-                elif c'a' <= (byte | 0x20) <= c'f':
-                    digit = (byte | 0x20) - c'a' + 10
-                if digit >= 0:
-                    self.digits += 1
-                    if self.digits > 15:
-                        self.state = BAD
-                        return -1
-                    self.left = self.left * 16 + <uint64_t> digit
-                    continue
-                if self.digits == 0:
-                    self.state = BAD
-                    return -1
-                self.line = 0
-                if byte == c'\r':
-                    self.state = SIZE_LF
-                elif byte == c'\n':
-                    self.size_done()
-                elif byte == c';' or byte == c' ' or byte == c'\t':
-                    self.state = EXTENSION
-                else:
-                    self.state = BAD
-                    return -1
-            elif self.state == EXTENSION:
-                self.line += 1
-                if byte == c'\r':
-                    self.state = SIZE_LF
-                elif byte == c'\n':
-                    self.size_done()
-                elif self.line > MAX_CHUNK_LINE:
-                    self.state = BAD
-                    return -1
-            elif self.state == SIZE_LF:
-                if byte != c'\n':
-                    self.state = BAD
-                    return -1
-                self.size_done()
-            elif self.state == DATA_CR:
-                if byte == c'\r':
-                    self.state = DATA_LF
-                elif byte == c'\n':
-                    self.state = SIZE
-                    self.digits = 0
-                else:
-                    self.state = BAD
-                    return -1
-            elif self.state == DATA_LF:
-                if byte != c'\n':
-                    self.state = BAD
-                    return -1
-                self.state = SIZE
-                self.digits = 0
-            elif self.state == TRAILER:
-                if byte == c'\r':
-                    self.state = END_LF
-                elif byte == c'\n':
-                    self.state = WHOLE
-                else:
-                    self.state = TRAILER_LINE
-                    self.line = 0
-            elif self.state == TRAILER_LINE:
-                self.line += 1
-                if byte == c'\n':
-                    self.state = TRAILER
-                elif self.line > MAX_CHUNK_LINE:
-                    self.state = BAD
-                    return -1
-            elif self.state == END_LF:
-                if byte != c'\n':
-                    self.state = BAD
-                    return -1
-                self.state = WHOLE
-            else:
-                return -1
-        out[0] = payload
-        return total
-
-    cdef void size_done(self) noexcept nogil:
-        self.state = DATA if self.left else TRAILER
 
 
 cdef class Engine:

@@ -190,8 +190,8 @@ def scan(Watch watch not None, bytes data not None):
     return bool(report), text_bytes
 
 
-def members(bytes data not None):
-    """Spans (key_start, key_end, value_start, value_end) of a validated JSON object's own members, in order.
+def members(bytes data not None, Py_ssize_t most=1001):
+    """At most `most` spans (key_start, key_end, value_start, value_end) of a validated JSON object's own members, in order.
 
     The key's span leaves out its quotes; the value's is its exact text. Not an object: []. On text that is not valid
     JSON the spans mean nothing, yet lie inside the data.
@@ -239,6 +239,8 @@ def members(bytes data not None):
         value_end = at
         while value_end > value_start and is_space((value_end - 1)[0]):
             value_end -= 1
+        if len(found) == most:
+            return found
         found.append((key_start - base, key_end - base, value_start - base, value_end - base))
         if at >= end or at[0] != c',':
             return found

@@ -29,6 +29,7 @@ cdef class Splitter:
     cdef bint first_line
     cdef bint fields_seen
     cdef bint oversize_line_empty
+    cdef bint torn              # the stream ended inside a unit of which bytes went downstream
     cdef Py_ssize_t data_at, data_length, data_lines
     cdef Py_ssize_t name_at, name_length
     cdef Py_ssize_t id_at, id_length
@@ -52,5 +53,7 @@ cdef class Splitter:
     cdef bytes join_data(self, const unsigned char* base, Py_ssize_t length)
     cdef int emit_comments(self, const unsigned char* base, Py_ssize_t length) except -1
     cdef int settle_held(self) except -1
+    cdef int refuse_unseen(self, Py_ssize_t size) except -1
+    cdef int report_oversize(self) except -1
     cdef int close_block(self, verdict) except -1
     cdef int keep(self, verdict) except -1

@@ -2,7 +2,7 @@
 """The event stream splitter (WHATWG HTML 9.2.5, 9.2.6), compiled: whole blocks out of any cut of the bytes.
 
 Owns: lines, fields, blocks, and the bytes of the one unfinished block.  Must not know: JSON, providers, sockets.
-Twin and oracle: ``proxyd/wire/sse.py``.
+Twin and oracle: ``proxyd/wire/sse.py``. Long because lines, blocks and what is held of them share one state.
 
     feed:   [ ....block....|..block..|:comment|..unfinished ]
               forwarded, by reference           copied into `block` until its blank line comes
@@ -13,6 +13,8 @@ Invariants
 - Every byte is looked at a bounded number of times: a feed searches only its own bytes for line ends; a block of many
   data lines is joined once, when it is complete and somebody asks for it.
 - Python is entered only for an event that the watch reports.
+- No result depends on the cut: hold_bytes and max_event are compared with a block's bytes through the first byte of its
+  blank line's end, never with what one feed happened to hold (the LF of a CRLF may come later, and changes nothing).
 """
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memchr, memcmp, memcpy
@@ -28,6 +30,7 @@ cdef enum:
     DIRECT = 0      # between blocks: parse in the caller's buffer
     RETAIN = 1      # inside a block that began in an earlier feed: its bytes are in `block`
     OVERSIZE = 2    # inside a block too large to keep: only its end is looked for
+    OVERSIZE_COMMENT = 3    # inside a comment line between blocks that is too large to keep
     CR_NONE = 0
     CR_KEEP = 1     # the last byte was a CR that ended a forwarded line: a LF that follows is forwarded
     CR_DROP = 2     # ... of a block that was replaced: a LF that follows goes with it
@@ -38,7 +41,8 @@ cdef class Splitter:
 
     on_event(name, data, flags) -> None to forward the block as it came, or the bytes that take its place (b"" drops it).
     What on_event raises leaves feed(); the splitter must not be used after that. Where hold_bytes >= max_event_bytes no
-    byte may pass unseen (a translation), so an event that outgrows max_event_bytes raises ValueError.
+    byte may pass unseen (a translation): blocks without data are dropped (an upstream's id is not the client's), and an
+    event that outgrows max_event_bytes raises ValueError.
     """
 
     def __cinit__(self):
@@ -87,6 +91,8 @@ cdef class Splitter:
             if self.data_lines:
                 self.tail_data = self.join_data(self.block, self.line_start)
         self.discard()
+        if held:
+            self.torn = True
         return held
 
     def discard(self):
@@ -94,6 +100,7 @@ cdef class Splitter:
         cdef Py_ssize_t dropped = 0
         if self.mode == RETAIN:
             dropped = self.held - self.released
+        self.torn = not self.boundary()
         free(self.block)
         self.block = NULL
         self.held = self.room = self.released = self.line_start = 0
@@ -102,7 +109,7 @@ cdef class Splitter:
         return dropped
 
     cdef bint boundary(self) noexcept:
-        return self.mode == DIRECT or (self.mode == RETAIN and self.released == 0)
+        return not self.torn and (self.mode == DIRECT or (self.mode == RETAIN and self.released == 0))
 
     cdef void recycle(self) noexcept:
         """Ends the life of the spans of the last consume()."""
@@ -220,7 +227,7 @@ cdef class Splitter:
             self.last_event_id = base[self.id_at:self.id_at + self.id_length]
         if self.data_lines == 0 and self.error_length < 0:
             self.forget_block()
-            return None
+            return b"" if self.hold_bytes >= self.max_event else None
         if self.data_lines:
             if self.events == 0:
                 flags |= 1
@@ -293,7 +300,7 @@ cdef class Splitter:
         cdef Py_ssize_t at = 0            # where the current line starts
         cdef Py_ssize_t block_at = 0      # where the unfinished block starts (DIRECT)
         cdef Py_ssize_t span_at = 0       # first byte not yet decided about
-        cdef Py_ssize_t end, after, content, skip
+        cdef Py_ssize_t end, after, content, skip, size
         cdef const unsigned char* lf = NULL
         cdef const unsigned char* cr
         cdef const unsigned char* limit
@@ -302,7 +309,7 @@ cdef class Splitter:
         cdef const unsigned char* line
         if length <= 0:
             return 0
-        if self.mode == OVERSIZE and self.block != NULL:
+        if self.mode >= OVERSIZE and self.block != NULL:
             free(self.block)
             self.block = NULL
             self.held = self.room = self.released = self.line_start = 0
@@ -338,14 +345,18 @@ cdef class Splitter:
                 break
             if self.mode == DIRECT:
                 content = at
+                size = end + 1 - block_at
+                self.refuse_unseen(size)
                 if self.first_line:
                     self.first_line = False
                     if end - at >= 3 and memcmp(text + at, b"\xef\xbb\xbf", 3) == 0:
                         content = at + 3
                 if content == end:
-                    if self.fields_seen:
+                    if self.fields_seen and size > self.max_event:
+                        self.report_oversize()
+                    elif self.fields_seen:
                         verdict = self.dispatch(text + block_at, after - block_at)
-                        if verdict is not None:
+                        if verdict is not None and size <= self.hold_bytes:
                             self.emit(text + span_at, block_at - span_at)
                             self.emit_comments(text + block_at, after - block_at)
                             self.keep(verdict)
@@ -361,6 +372,8 @@ cdef class Splitter:
                     self.take_field(text + block_at, content - block_at, end - block_at)
             elif self.mode == RETAIN:
                 skip = self.held
+                size = skip + end + 1 - at
+                self.refuse_unseen(size)
                 self.retain(text + at, after - at)
                 span_at = after
                 line = self.block
@@ -372,8 +385,12 @@ cdef class Splitter:
                     if end - content >= 3 and memcmp(line + content, b"\xef\xbb\xbf", 3) == 0:
                         content += 3
                 if content == end:
-                    verdict = self.dispatch(line, self.held) if self.fields_seen else None
-                    self.close_block(verdict)
+                    verdict = None
+                    if self.fields_seen and size > self.max_event:
+                        self.report_oversize()
+                    elif self.fields_seen:
+                        verdict = self.dispatch(line, self.held)
+                    self.close_block(verdict if size <= self.hold_bytes else None)
                     block_at = after
                 elif line[content] == c':':
                     self.comments += 1
@@ -382,19 +399,15 @@ cdef class Splitter:
                         block_at = after
                 else:
                     self.take_field(line, content, end)
+            elif self.mode == OVERSIZE_COMMENT:
+                self.comments += 1
+                self.mode = DIRECT
+                block_at = after
             else:
                 if end == at and self.oversize_line_empty:
-                    if self.data_lines:
-                        if self.events == 0:
-                            skip = 9
-                        else:
-                            skip = 8
-                        self.events += 1
-                        self.forget_block()
-                        self.on_event(b"", b"", skip)
-                    self.forget_block()
                     self.mode = DIRECT
                     block_at = after
+                    self.report_oversize()
                 self.oversize_line_empty = True
             at = after
         # what is left is an unfinished line, maybe after finished lines of an unfinished block
@@ -416,17 +429,38 @@ cdef class Splitter:
 
     cdef int settle_held(self) except -1:
         """Releases a block that outgrew `hold_bytes`; stops keeping one that outgrew `max_event`."""
+        cdef Py_ssize_t at
         if self.released or self.held > self.hold_bytes:
             self.emit(self.block + self.released, self.held - self.released)
             self.released = self.held
+        self.refuse_unseen(self.held)
         if self.held > self.max_event:
-            if self.hold_bytes >= self.max_event:
-                raise ValueError(f"an event of more than {self.max_event} bytes, none of which may be forwarded as it is")
             if self.released < self.held:
                 self.emit(self.block + self.released, self.held - self.released)
-            self.id_length = -1
             self.oversize_line_empty = self.line_start == self.held
             self.mode = OVERSIZE
+            if not self.fields_seen:
+                at = 0
+                if self.first_line and self.held > 3 and memcmp(self.block, b"\xef\xbb\xbf", 3) == 0:
+                    at = 3
+                if self.block[at] == c':':
+                    self.mode = OVERSIZE_COMMENT
+            self.first_line = False
+        return 0
+
+    cdef int refuse_unseen(self, Py_ssize_t size) except -1:
+        if size > self.max_event and self.hold_bytes >= self.max_event:
+            raise ValueError(f"an event of more than {self.max_event} bytes, none of which may pass unseen")
+        return 0
+
+    cdef int report_oversize(self) except -1:
+        """A block that was too large to look at is complete: one event that nobody read, whatever was in it."""
+        cdef int flags = 8
+        if self.events == 0:
+            flags |= 1
+        self.events += 1
+        self.forget_block()
+        self.on_event(b"", b"", flags)
         return 0
 
     cdef int close_block(self, verdict) except -1:

@@ -105,8 +105,8 @@ def unescaped_length(raw: bytes) -> int:
     return total
 
 
-def members(data: bytes) -> list[tuple[int, int, int, int]]:
-    """Spans (key_start, key_end, value_start, value_end) of a validated JSON object's own members, in order.
+def members(data: bytes, most: int = 1001) -> list[tuple[int, int, int, int]]:
+    """At most `most` spans (key_start, key_end, value_start, value_end) of a validated JSON object's own members, in order.
 
     The key's span leaves out its quotes, the value's is its exact text. Not an object: []. On text that is not valid
     JSON the spans mean nothing, yet lie inside `data`.
@@ -120,6 +120,8 @@ def members(data: bytes) -> list[tuple[int, int, int, int]]:
         value_at = key.end()
         value_end = _value_end(data, value_at)
         if value_end < 0:
+            break
+        if len(found) == most:
             break
         text = data[value_at:value_end].rstrip(_SPACE)
         found.append((key.start(1), key.end(1), value_at, value_at + len(text)))

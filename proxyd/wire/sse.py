@@ -269,4 +269,5 @@ class Splitter:
             return self._on_event(self._event_name, self._error, flags)
         if self._data and report:
             return self._on_event(self._event_name, data, flags)
-        return None
+        # Of a translation nothing passes as it came: an upstream's lone `id:` would become the client's cursor.
+        return b"" if not self._data and self.hold_bytes >= self.max_event_bytes else None

@@ -39,6 +39,7 @@ COMPILED: dict[str, tuple[int, frozenset[str] | None]] = {
     "_scan": (0, None),
     "_sse": (0, None),
     "_shm": (0, None),
+    "_frame": (0, None),
     "_relay": (4, frozenset({"relay"})),
 }
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxyd._relay import BODY_CHUNKED, BODY_LENGTH, Unframer
+from proxyd._frame import BODY_CHUNKED, BODY_LENGTH, Unframer
 from proxyd.wire.framing import (
     LAST_CHUNK,
     MAX_EXTENSION,
