@@ -1,7 +1,7 @@
 """Builds the compiled half of proxyd: every ext/proxyd/NAME.pyx becomes the module proxyd.NAME.
 
 What is not here is in pyproject.toml. Switches, all from the environment:
-  PROXYD_DEBUG_BUILD=1  bounds and overflow checks on, no optimisation: what a debugging run wants
+  PROXYD_DEBUG_BUILD=1  bounds checks on, no optimisation: what a debugging run wants
   PROXYD_SANITIZE=1     address and undefined-behaviour sanitizers; run with
                         LD_PRELOAD="$(gcc -print-file-name=libasan.so)"
 """
@@ -49,6 +49,7 @@ class BuildExt(build_ext):
             headers = Path(sysconfig.get_path("include"), "Python.h")
             if not headers.exists():
                 give_up(f"no Python headers ({headers})", "install them: apt install gcc python3-dev")
+        STAMP.unlink(missing_ok=True)  # a build that fails half way has mixed kinds: the next one starts over
         super().run()
         STAMP.parent.mkdir(exist_ok=True)
         STAMP.write_text(KIND)
@@ -91,7 +92,6 @@ def extensions() -> list[Extension]:
     directives = {
         "language_level": 3,
         "boundscheck": DEBUG,
-        "overflowcheck": DEBUG,
         "cdivision": not DEBUG,
         "initializedcheck": DEBUG,
     }
