@@ -4,10 +4,7 @@ from typing import Protocol
 from proxyd._shm import Counter, Histogram
 from proxyd._sse import Splitter
 
-from proxyd._frame import BODY_CHUNKED as BODY_CHUNKED
-from proxyd._frame import BODY_CLOSE as BODY_CLOSE
-from proxyd._frame import BODY_LENGTH as BODY_LENGTH
-from proxyd._frame import Unframer as Unframer
+from proxyd._frame import Unframer
 
 class Owner(Protocol):
     def on_first(self) -> None: ...

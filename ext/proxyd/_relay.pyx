@@ -38,8 +38,6 @@ from proxyd._sse cimport Span, Splitter
 
 import ssl
 
-from proxyd._frame import BODY_CHUNKED, BODY_CLOSE, BODY_LENGTH
-
 cdef extern from "<sys/uio.h>" nogil:
     struct iovec:
         void* iov_base

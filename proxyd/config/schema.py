@@ -60,7 +60,7 @@ class Http(Section):
     """Limits on what a client may send, and who may speak for a client."""
 
     max_head: Annotated[int, v.size("1KiB", "1MiB")] = option("32KiB", "request line and headers; more is 431")
-    max_body: Annotated[int, v.size("1KiB", "1GiB")] = option("8MiB", "request body; more is 413")
+    max_body: Annotated[int, v.size("1B", "1GiB")] = option("8MiB", "request body; more is 413")
     head_timeout: Annotated[float, v.duration("100ms", "10m")] = option(
         "10s", "first to last byte of a head; slower is 408"
     )
@@ -109,9 +109,9 @@ class Auth(Section):
 class Quota(Section):
     """What a user may spend in a rolling window."""
 
-    window: Annotated[float, v.duration("1m", "90d")] = option("24h", "the rolling window")
+    window: Annotated[float, v.duration("1s", "90d")] = option("24h", "the rolling window")
     tokens: Annotated[int, v.whole(0, 2**53)] = option(0, "a user's ceiling in it; 0 leaves only the token's own quota")
-    refresh: Annotated[float, v.duration("1s", "1h")] = option("30s", "how often the store's sum is read again")
+    refresh: Annotated[float, v.duration("100ms", "1h")] = option("30s", "how often the store's sum is read again")
 
 
 Limit = Annotated[int, v.whole(0, 2**53)]
@@ -161,7 +161,7 @@ class UpstreamConfig(Section):
     max_connections: Annotated[int, v.whole(1, 65535)] = option(1024, "connections at once, per worker")
     max_idle: Annotated[int, v.whole(0, 65535)] = option(256, "idle connections kept, per worker")
     idle_expiry: Annotated[float, v.duration("0s", "1h")] = option("60s", "how long an idle connection is kept")
-    max_age: Annotated[float, v.duration("1s", "24h")] = option("1h", "a connection older than this is not used again")
+    max_age: Annotated[float, v.duration("100ms", "24h")] = option("1h", "a connection older than this is not used again")
     connect_timeout: Annotated[float, v.duration("10ms", "5m")] = option("3s", "name, TCP and TLS together")
     first_byte_timeout: Annotated[float, v.duration("10ms", "1h")] = option(
         "60s", "request sent to the answer's first byte"
@@ -192,16 +192,16 @@ class ModelConfig(Section):
 class Stream(Section):
     """How one answer is relayed."""
 
-    heartbeat: Annotated[float, v.duration("1s", "10m")] = option(
+    heartbeat: Annotated[float, v.duration("100ms", "10m")] = option(
         "15s", "a comment line when the upstream is silent this long"
     )
-    buffer: Annotated[int, v.size("16KiB", "64MiB")] = option(
+    buffer: Annotated[int, v.size("1KiB", "64MiB")] = option(
         "256KiB", "held for a client that does not read; then its upstream waits"
     )
-    turn_bytes: Annotated[int, v.size("4KiB", "1MiB")] = option(
+    turn_bytes: Annotated[int, v.size("1KiB", "1MiB")] = option(
         "64KiB", "what one stream may relay before others get their turn"
     )
-    slow_client_timeout: Annotated[float, v.duration("1s", "1h")] = option(
+    slow_client_timeout: Annotated[float, v.duration("100ms", "1h")] = option(
         "60s", "a client that takes nothing for this long is dropped"
     )
 
@@ -220,7 +220,7 @@ class Telemetry(Section):
     durability: Literal["row", "second", "os"] = option(
         "second", "when a spooled row is on disk: each row, each second, when the kernel likes"
     )
-    spool_max: Annotated[int, v.size("16MiB", "64TiB")] = option(
+    spool_max: Annotated[int, v.size("64KiB", "64TiB")] = option(
         "4GiB", "bytes that may wait; at it billable requests get 503"
     )
     retention: Annotated[float, v.duration("0s", "3650d")] = option(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from proxyd._relay import BODY_CHUNKED, BODY_CLOSE, BODY_LENGTH
+from proxyd._frame import BODY_CHUNKED, BODY_CLOSE, BODY_LENGTH
 from proxyd.dialects.media import JSON, SSE, Media, is_identity, media_kind
 from proxyd.errors import Refusal, UpstreamError, UpstreamErrorKind
 from proxyd.front.replies import CORS_PREFIX, HOP_BY_HOP, OURS, SITE

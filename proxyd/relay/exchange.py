@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import Callable
 from typing import Protocol
 
 from proxyd._relay import Engine, Exchange
@@ -73,7 +72,7 @@ class Stream:
 
     __slots__ = (
         "_ask", "_cause", "_client", "_detail", "_exchange", "_finishing", "_is_sse", "_keep_alive", "_limits",
-        "_marked", "_observer", "_on_end", "_reusable", "_shared", "_sinking", "_tap", "_translator", "_upstream",
+        "_marked", "_observer", "_reusable", "_shared", "_sinking", "_tap", "_translator", "_upstream",
         "_upstream_keeps", "_whole", "deadline", "parked", "transaction",
     )  # fmt: skip
 
@@ -91,7 +90,6 @@ class Stream:
         is_sse: bool,
         keep_alive: bool,
         upstream_keeps: bool,
-        on_end: Callable[[Stream], None],
     ) -> None:
         self._shared = shared
         self._client = client
@@ -105,7 +103,6 @@ class Stream:
         self._is_sse = is_sse
         self._keep_alive = keep_alive
         self._upstream_keeps = upstream_keeps
-        self._on_end = on_end
         self._cause: Cause | None = None
         self._detail = ""
         self._whole = False
@@ -326,7 +323,6 @@ class Stream:
             else:
                 self._client.end_stream(self._keep_alive and self._whole, pipelined)
         transaction.finish(cause, answer, tally, detail=self._detail)
-        self._on_end(self)
 
 
 def tls_of(connection: Connection) -> ssl.SSLSocket | None:

@@ -18,29 +18,26 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from proxyd._relay import BODY_CHUNKED, BODY_CLOSE, BODY_LENGTH, Engine, Exchange, Unframer
-from proxyd._sse import Splitter
+from proxyd._frame import BODY_CLOSE, Unframer
+from proxyd._relay import Engine
 from proxyd.config.schema import ModelConfig
 from proxyd.dialects.ask import Ask, Outgoing
 from proxyd.dialects.base import build, dialects_of, make_observer
-from proxyd.dialects.errors import is_usage_rejection, upstream_error_body
-from proxyd.dialects.media import SSE
-from proxyd.dialects.observer import Observer
-from proxyd.dialects.translate import Translator
-from proxyd.dialects.usage import Tally, settle
+from proxyd.dialects.errors import is_usage_rejection
+from proxyd.dialects.usage import Tally
 from proxyd.errors import Refusal, UpstreamError, UpstreamErrorKind
 from proxyd.front.connection import ClientConnection
-from proxyd.front.replies import Framing, relay_head
 from proxyd.front.request import Request
 from proxyd.front.wheel import Wheel
 from proxyd.ids import new_epoch
 from proxyd.log import Log
-from proxyd.relay.answer import Answer, Way, cause_of, decide_way, fails_over, refusal_of, relayable, site_headers
+from proxyd.relay.answer import Answer, Way, cause_of, decide_way, fails_over, refusal_of
 from proxyd.relay.deadlines import Limits
-from proxyd.relay.exchange import Stream, tls_of
+from proxyd.relay.delivery import Asker, begin_stream, reply_whole
+from proxyd.relay.exchange import Stream
 from proxyd.relay.outcome import NOTHING_SPENT, Transaction
 from proxyd.relay.states import Cause, Phase
-from proxyd.relay.tap import MAX_BODY_BYTES, Tap
+from proxyd.relay.tap import MAX_BODY_BYTES
 from proxyd.relay.upstream_head import request_head
 from proxyd.upstream.connection import Connection
 from proxyd.upstream.origin import Origin
@@ -52,8 +49,8 @@ __all__ = ["Call", "Services"]
 # Providers send 1 to 2 KB of head. Half would refuse Azure's with long policies; twice lets a broken one eat memory.
 MAX_ANSWER_HEAD_BYTES = 64 * 1024
 READ_BYTES = 16 * 1024
-# What one translated event may hold: nothing of it may pass before it is whole.
-MAX_TRANSLATED_BYTES = 16 * 1024 * 1024
+# A dial has connect_timeout for itself; waiting a little longer lets its own, more exact error come first.
+QUEUE_GRACE_S = 0.1
 
 
 class Services(Protocol):
@@ -71,7 +68,6 @@ class Services(Protocol):
     def find_model(self, name: str) -> ModelConfig | None: ...
     def on_upstream_end(self, connection: Connection, kind: UpstreamErrorKind | None, detail: str) -> None: ...
     def on_streaming(self, call: Call, stream: Stream) -> None: ...
-    def on_stream_end(self, stream: Stream) -> None: ...
 
 
 class Call:
@@ -175,12 +171,24 @@ class Call:
                         transaction.move(Phase.CHOOSING)
                         origin = following
                         continue
-                await self._give(answer)
+                try:
+                    await self._give(answer)
+                except UpstreamError as error:
+                    services.upstreams.report(origin, False, error.kind)
+                    self._close_upstream()
+                    self._refuse(refusal_of(error), cause_of(error), self._spent(), str(error))
                 return
-            model = services.find_model(model.fallback) if model.fallback else None
+            model = self._fallback(model)
         if failed is None:
             failed = UpstreamError(UpstreamErrorKind.NO_UPSTREAM, self._model.name)
         self._refuse(refusal_of(failed), cause_of(failed), NOTHING_SPENT, str(failed))
+
+    def _fallback(self, model: ModelConfig) -> ModelConfig | None:
+        """The model that answers instead, if this session may use it."""
+        allowed = self.transaction.session.models
+        if not model.fallback or (allowed is not None and model.fallback not in allowed):
+            return None
+        return self._services.find_model(model.fallback)
 
     def _may_retry(self) -> bool:
         if self._retried or not self._services.upstreams.retries.try_retry():
@@ -200,7 +208,7 @@ class Call:
         self.transaction.move(Phase.COLLECTING)
         body = await self._collect(answer)
         if not is_usage_rejection(answer.head.status, body):
-            return _collected(answer, body)
+            return Answer(answer.head, body)
         self._services.no_injection.add(key)
         self._services.log.warning("usage_injection_refused", upstream=origin.name, model=self._model.name)
         return await self._attempt(origin, False)
@@ -213,7 +221,7 @@ class Call:
             transaction.attempts += 1
             self._sent = False
             connection = await self._services.upstreams.acquire(
-                origin, timeout_s=origin.config.connect_timeout, fresh=fresh
+                origin, timeout_s=origin.config.connect_timeout + QUEUE_GRACE_S, fresh=fresh
             )
             self._connection = connection
             transaction.reused = connection.reused
@@ -301,118 +309,41 @@ class Call:
         outgoing, connection, origin = self._outgoing, self._connection, self._origin
         assert outgoing is not None
         assert origin is not None
-        ask, transaction = self._ask, self.transaction
+        transaction = self.transaction
         observer = make_observer(
-            ask,
-            origin.dialect,
-            outgoing,
-            request_id=transaction.request_id,
-            epoch=new_epoch(),
+            self._ask, origin.dialect, outgoing, request_id=transaction.request_id, epoch=new_epoch()
         )
+        asker = Asker(self._client, self._ask, self._cors, self._version, transaction)
         if connection is None:
             # Collected already: a 400 or 422 to an injected request that was about something else.
-            self._reply_whole(answer, answer.initial, observer)
+            reply_whole(asker, answer, answer.initial, observer)
             return
         if answer.body_kind is None:
             self._release_upstream(answer, whole=not answer.initial)
-            self._reply_whole(answer, b"", observer)
+            reply_whole(asker, answer, b"", observer)
             return
-        way = decide_way(answer, asks_stream=ask.stream, translate=outgoing.translate, injected=outgoing.injected)
-        if way is Way.UNREADABLE:
-            self._close_upstream()
-            error = UpstreamError(
-                UpstreamErrorKind.BAD_HEAD, origin.name, "neither an event stream nor JSON", sent=True
-            )
-            self._refuse(refusal_of(error), Cause.UPSTREAM_BROKEN, self._spent(), str(error))
-        elif way is Way.COLLECT:
+        way = decide_way(answer, asks_stream=self._ask.stream, translate=outgoing.translate, injected=outgoing.injected)
+        if way is Way.COLLECT:
             transaction.move(Phase.COLLECTING)
-            try:
-                body = await self._collect(answer)
-            except UpstreamError as error:
-                self._services.upstreams.report(origin, False, error.kind)
-                self._close_upstream()
-                self._refuse(refusal_of(error), cause_of(error), self._spent(), str(error))
-                return
-            self._reply_whole(answer, body, observer)
+            reply_whole(asker, answer, await self._collect(answer), observer)
+        elif way is Way.UNREADABLE:
+            raise UpstreamError(UpstreamErrorKind.BAD_HEAD, origin.name, "neither events nor JSON", sent=True)
         else:
-            self._stream(answer, way, observer, outgoing, connection, origin)
-
-    def _stream(
-        self,
-        answer: Answer,
-        way: Way,
-        observer: Observer | Translator,
-        outgoing: Outgoing,
-        connection: Connection,
-        origin: Origin,
-    ) -> None:
-        services, ask, client, transaction = self._services, self._ask, self._client, self.transaction
-        is_sse = way is Way.EVENTS
-        kind = answer.body_kind
-        assert kind is not None
-        splitter: Splitter | None = None
-        tap: Tap | None = None
-        if is_sse:
-            if outgoing.translate:
-                splitter = Splitter(observer.on_event, None, MAX_TRANSLATED_BYTES, MAX_TRANSLATED_BYTES)
-            else:
-                splitter = Splitter(observer.on_event, observer.watch)
-        else:
-            media = answer.media(streaming=ask.stream)
-            tap = Tap(observer, media, answer.content_type, answer.head.status, answer.coding)
-        framing, out_kind = _framing(self._version, kind, answer.head.content_length or 0, is_sse)
-        keep_alive = client.may_keep_alive and framing != "close"
-        headers = answer.head.headers
-        if outgoing.translate:
-            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), *site_headers(headers)]
-        elif outgoing.injected:
-            headers = relayable(headers, shortened=True)
-        head = relay_head(
-            answer.head.status,
-            answer.head.reason,
-            headers,
-            request_id=transaction.request_id,
-            version=self._version,
-            framing=framing,
-            keep_alive=keep_alive,
-            is_stream=is_sse or (tap is not None and answer.media(streaming=ask.stream) is SSE),
-            extra=self._cors,
-        )
-        transaction.http_status = answer.head.status
-        stream = Stream(
-            services,
-            client,
-            connection,
-            transaction,
-            observer,
-            _without_body(ask),
-            tap,
-            services.limits_of(origin),
-            is_sse=is_sse,
-            keep_alive=keep_alive,
-            upstream_keeps=answer.head.keep_alive and kind != BODY_CLOSE,
-            on_end=services.on_stream_end,
-        )
-        fd = client.begin_stream()
-        exchange = Exchange(
-            services.engine,
-            stream,
-            fd,
-            connection.fd,
-            tls_of(connection),
-            kind,
-            answer.head.content_length or 0,
-            out_kind,
-            splitter,
-            tap is not None,
-            services.max_head,
-        )
-        initial = answer.initial + connection.take_early()
-        self._connection = None
-        services.on_streaming(self, stream)
-        if isinstance(observer, Translator):
-            head = head + _frame(observer.preamble(), out_kind)
-        stream.start(exchange, head, initial)
+            services = self._services
+            stream, exchange, head = begin_stream(
+                asker,
+                services,
+                answer,
+                way,
+                observer,
+                outgoing,
+                connection,
+                services.limits_of(origin),
+                services.max_head,
+            )
+            self._connection = None
+            services.on_streaming(self, stream)
+            stream.start(exchange, head, answer.initial + connection.take_early())
 
     async def _collect(self, answer: Answer) -> bytes:
         """The whole body; the connection goes back to its pool. Raises UpstreamError, also for one over the bound."""
@@ -442,39 +373,6 @@ class Call:
             raise UpstreamError(UpstreamErrorKind.BROKEN_BODY, origin.name, "bad framing", sent=True) from None
         self._release_upstream(answer, whole=unframer.done and unframer.leftover == 0)
         return bytes(body)
-
-    def _reply_whole(self, answer: Answer, body: bytes, observer: Observer | Translator) -> None:
-        """Answers with a body that was read wholly."""
-        ask, transaction, status = self._ask, self.transaction, answer.head.status
-        tap = Tap(observer, answer.media(streaming=ask.stream), answer.content_type, status, answer.coding)
-        headers = relayable(answer.head.headers, shortened=False)
-        out = body
-        if isinstance(observer, Translator):
-            headers = site_headers(answer.head.headers)
-            if status == 200:
-                headers += _EVENT_STREAM
-                out = observer.preamble() + _translated(tap, body, observer)
-                observer.finish(True, observer.text_bytes)
-                out += observer.ending(True)
-            else:
-                headers.append((b"content-type", b"application/json"))
-                out = upstream_error_body(status if status >= 400 else 502, body, transaction.request_id)
-                status = status if status >= 400 else 502
-                tap.feed(body)
-                tap.finish(observer)
-        else:
-            tap.feed(body)
-            tap.finish(observer)
-        observer.finish(True, observer.text_bytes)
-        transaction.move(Phase.ENDING)
-        transaction.http_status = status
-        transaction.bytes_out = len(out)
-        transaction.first_event()
-        tally = settle(observer, ask, observer.text_bytes, status < 400)
-        self._client.reply(status, headers + self._cors, out)
-        cause = Cause.COMPLETE if status < 400 else Cause.REFUSED_BY_UPSTREAM
-        answered = "completed" if tap.is_opaque or (status < 400 and not body) else observer.outcome
-        transaction.finish(cause, answered, tally)
 
     # -- ends ----------------------------------------------------------------------------------------------------
 
@@ -518,41 +416,3 @@ class Call:
         if self._retried:
             self._retried = False
             self._services.upstreams.retries.end_retry()
-
-
-_EVENT_STREAM: Headers = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
-
-
-def _framing(version: tuple[int, int], kind: int, length: int, is_sse: bool) -> tuple[Framing, int]:
-    """How the client gets the body: an event stream may grow or shrink, so it never has a length."""
-    if kind == BODY_LENGTH and not is_sse:
-        return length, BODY_LENGTH
-    if version >= (1, 1):
-        return "chunked", BODY_CHUNKED
-    return "close", BODY_CLOSE
-
-
-def _frame(payload: bytes, out_kind: int) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(payload), payload) if out_kind == BODY_CHUNKED else payload
-
-
-def _without_body(ask: Ask) -> Ask:
-    """The ask as the streaming phase needs it: without the request's body, which may be megabytes."""
-    return Ask(ask.route, ask.model, ask.stream, b"", {}, ask.prompt_text_bytes, ask.asked_usage)
-
-
-def _collected(answer: Answer, body: bytes) -> Answer:
-    return Answer(answer.head, body)
-
-
-def _translated(tap: Tap, body: bytes, observer: Translator) -> bytes:
-    """The frames of a body that came as a whole: JSON, or an event stream that was encoded."""
-    frames: list[bytes] = []
-    tap.divert(frames.append)
-    tap.feed(body)
-    tap.finish(observer)
-    return b"".join(frames)

@@ -19,10 +19,9 @@ from proxyd.access.session import Session
 from proxyd.clock import Clock
 from proxyd.dialects.usage import Tally
 from proxyd.log import Log
+from proxyd.relay.book import Book
 from proxyd.relay.instruments import Instruments
 from proxyd.relay.states import Cause, Phase, row_status, transition
-from proxyd.telemetry.record import Checkpoint, Final, Intent
-from proxyd.telemetry.spool import SpoolWriter
 
 __all__ = ["CLIENT_LEFT", "NOTHING_SPENT", "Transaction"]
 
@@ -35,9 +34,32 @@ class Transaction:
     """The accounting of one admitted request."""
 
     __slots__ = (
-        "_clock", "_instruments", "_log", "_on_finished", "_spool", "_ticket", "_txn", "attempts", "bytes_in",
-        "bytes_out", "created_at", "events", "http_status", "is_stream", "model_id", "model_name", "peer", "phase",
-        "prompt_estimate", "request_id", "reused", "route", "session", "started", "ttft_ms", "upstream",
+        "_book",
+        "_clock",
+        "_instruments",
+        "_log",
+        "_on_finished",
+        "_ticket",
+        "_txn",
+        "attempts",
+        "bytes_in",
+        "bytes_out",
+        "created_at",
+        "events",
+        "http_status",
+        "is_stream",
+        "model_id",
+        "model_name",
+        "peer",
+        "phase",
+        "prompt_estimate",
+        "request_id",
+        "reused",
+        "route",
+        "session",
+        "started",
+        "ttft_ms",
+        "upstream",
         "upstream_status",
     )  # fmt: skip
 
@@ -55,7 +77,7 @@ class Transaction:
         prompt_estimate: int,
         ticket: Ticket,
         clock: Clock,
-        spool: SpoolWriter,
+        book: Book,
         instruments: Instruments,
         log: Log,
         on_finished: Callable[[Transaction], None],
@@ -82,25 +104,22 @@ class Transaction:
         self.bytes_out = 0
         self._ticket = ticket
         self._clock = clock
-        self._spool = spool
+        self._book = book
         self._instruments = instruments
         self._log = log
         self._on_finished = on_finished
-        self._txn = spool.new_txn()
+        self._txn = book.new_txn()
 
     def begin(self) -> None:
         """Writes the intent. The spool flushes at the end of this loop turn, so before anything is sent upstream."""
-        self._spool.intent(
-            Intent(
-                self._txn,
-                self.request_id,
-                self.session.user_id,
-                self.session.tenant,
-                self.model_id,
-                "",
-                self.created_at,
-                self.prompt_estimate,
-            )
+        self._book.intent(
+            self._txn,
+            self.request_id,
+            self.session.user_id,
+            self.session.tenant,
+            self.model_id,
+            self.created_at,
+            self.prompt_estimate,
         )
         if self.is_stream:
             self._instruments.streams(self.session.tenant, 1)
@@ -122,16 +141,14 @@ class Transaction:
 
     def checkpoint(self, prompt_tokens: int, completion_tokens: int) -> None:
         """Counts so far, estimated where the provider has told none."""
-        self._spool.checkpoint(
-            Checkpoint(
-                self._txn,
-                prompt_tokens,
-                completion_tokens,
-                attempts=self.attempts,
-                ttft_ms=self.ttft_ms,
-                duration_ms=self._duration_ms(),
-                upstream=self.upstream,
-            )
+        self._book.checkpoint(
+            self._txn,
+            prompt_tokens,
+            completion_tokens,
+            attempts=self.attempts,
+            ttft_ms=self.ttft_ms,
+            duration_ms=self._duration_ms(),
+            upstream=self.upstream,
         )
 
     def finish(self, cause: Cause, answer: str, tally: Tally, *, detail: str = "") -> None:
@@ -141,25 +158,23 @@ class Transaction:
         self.phase = transition(self.phase, Phase.FINISHED)
         status = row_status(cause, answer)
         duration_ms = self._duration_ms()
-        self._spool.final(
-            Final(
-                txn=self._txn,
-                user_id=self.session.user_id,
-                model_id=self.model_id,
-                prompt_tokens=tally.prompt_tokens,
-                completion_tokens=tally.completion_tokens,
-                created_at=self.created_at,
-                tenant=self.session.tenant,
-                request_id=self.request_id,
-                status=status,
-                estimated=1 if tally.estimated else 0,
-                cached_tokens=tally.cached_tokens,
-                reasoning_tokens=tally.reasoning_tokens,
-                upstream=self.upstream,
-                attempts=self.attempts,
-                ttft_ms=self.ttft_ms,
-                duration_ms=duration_ms,
-            )
+        self._book.final(
+            self._txn,
+            self.session.user_id,
+            self.model_id,
+            tally.prompt_tokens,
+            tally.completion_tokens,
+            self.created_at,
+            tenant=self.session.tenant,
+            request_id=self.request_id,
+            status=status,
+            estimated=tally.estimated,
+            cached_tokens=tally.cached_tokens,
+            reasoning_tokens=tally.reasoning_tokens,
+            upstream=self.upstream,
+            attempts=self.attempts,
+            ttft_ms=self.ttft_ms,
+            duration_ms=duration_ms,
         )
         spent = tally.prompt_tokens + tally.completion_tokens
         if spent:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from proxyd._relay import Engine
@@ -27,6 +28,7 @@ from proxyd.front.connection import ClientConnection
 from proxyd.front.request import Request
 from proxyd.front.wheel import Wheel
 from proxyd.log import Log
+from proxyd.relay.book import Book
 from proxyd.relay.deadlines import Limits
 from proxyd.relay.exchange import Stream
 from proxyd.relay.flow import Call
@@ -34,7 +36,6 @@ from proxyd.relay.instruments import Instruments
 from proxyd.relay.outcome import Transaction
 from proxyd.relay.states import Cause
 from proxyd.shm.metrics import Metrics
-from proxyd.telemetry.spool import SpoolWriter
 from proxyd.upstream.connection import Connection
 from proxyd.upstream.origin import Origin
 from proxyd.upstream.upstreams import Upstreams
@@ -57,14 +58,14 @@ class Relay:
         sessions: Sessions,
         admission: Admission,
         upstreams: Upstreams,
-        spool: SpoolWriter,
+        book: Book,
     ) -> None:
         self._loop = loop
         self._config = config
         self._clock = clock
         self._sessions = sessions
         self._admission = admission
-        self._spool = spool
+        self._book = book
         self._origins = OriginPolicy(config.auth.allowed_origins)
         self._instruments = Instruments(metrics)
         self._calls: dict[Transaction, Call] = {}
@@ -159,11 +160,14 @@ class Relay:
             session, cors = self.authorize(request)
             ask = parse_ask(route, request.body)
             model = self._choose_model(ask)
-            if self._spool.broken_reason is not None:
+            if self._book.broken_reason is not None:
                 raise Refusal(
                     503, "spool_unavailable", "Requests cannot be accounted for at the moment.", retry_after_s=5
                 )
-            ticket = self._admission.admit(session, ask.model or model.name, estimate_tokens=0)
+            prompt_estimate = estimate(ask.prompt_text_bytes) if route is not Route.COUNT_TOKENS else 0
+            ticket = self._admission.admit(session, ask.model or model.name, estimate_tokens=prompt_estimate)
+            if ask.model is None:
+                ask = replace(ask, model=model.name)
         except Refusal as refusal:
             self._refused(client, request, route, session, refusal)
             return
@@ -176,10 +180,10 @@ class Relay:
             is_stream=ask.stream,
             peer=request.peer,
             started=request.received_at,
-            prompt_estimate=estimate(ask.prompt_text_bytes) if route is not Route.COUNT_TOKENS else 0,
+            prompt_estimate=prompt_estimate,
             ticket=ticket,
             clock=self._clock,
-            spool=self._spool,
+            book=self._book,
             instruments=self._instruments,
             log=self.log,
             on_finished=self._on_finished,
@@ -266,9 +270,6 @@ class Relay:
         call.end_retry()
         self._calls.pop(stream.transaction, None)
         self._streams[stream.transaction] = stream
-
-    def on_stream_end(self, stream: Stream) -> None:
-        self._streams.pop(stream.transaction, None)
 
     def _on_finished(self, transaction: Transaction) -> None:
         self.upstreams.retries.end()

@@ -20,6 +20,7 @@ __all__ = ["MAX_BODY_BYTES", "Tap"]
 # A chat answer rarely passes 1 MB. 8 MiB, as much as a request may have: half would lose the usage of large embeddings
 # answers, twice lets 1,000 answers at once hold 16 GB.
 MAX_BODY_BYTES = 8 * 1024 * 1024
+PREFIX_BYTES = 4096
 
 
 class Tap:
@@ -86,7 +87,8 @@ class Tap:
         if self._overflow or self.is_opaque:
             return
         if len(self._body) + len(data) > MAX_BODY_BYTES:
+            # A prefix of it: enough for the accountant to see that an answer came, and that it cannot be read.
             self._overflow = True
-            self._body.clear()
+            del self._body[PREFIX_BYTES:]
             return
         self._body += data

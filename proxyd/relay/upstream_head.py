@@ -41,7 +41,7 @@ def request_head(
     dialect: str,
     translate: bool,
 ) -> bytes:
-    """The head for one POST. `translate`: the body was built by us for the site's route, so little of the client's fits."""
+    """The head for one POST. `translate`: we built the body for the site's route, so little of the client's fits."""
     named = _named_by_connection(client_headers)
     headers: Headers = [(b"host", host), *auth]
     if translate:

@@ -38,6 +38,7 @@ from proxyd.upstream.upstreams import Upstreams
 from proxyd.web.admin import AdminContext, AdminServer
 from proxyd.web.app import Readiness, WebContext, WebServer
 from proxyd.worker.adopt import Adoption
+from proxyd.worker.book import SpoolBook
 from proxyd.worker.main import Context
 
 # A connection accepted in the last moment has its request in the socket already: it is read before idle ones close.
@@ -93,9 +94,8 @@ class WorkerServices:
             spool_max=config.telemetry.spool_max,
         )
         admission = Admission(config, clock)
-        self._relay = Relay(
-            loop, config, clock, log, metrics, self._wheel, sessions, admission, self._upstreams, self._spool
-        )
+        book = SpoolBook(self._spool)
+        self._relay = Relay(loop, config, clock, log, metrics, self._wheel, sessions, admission, self._upstreams, book)
         self._web = WebServer(
             WebContext(
                 models=config.model,
@@ -173,6 +173,7 @@ class WorkerServices:
         self._adoption.pulse()
         if self._ring.has_news():
             self._learn_revocations()
+        self._maybe_leave_node()
 
     def tick(self) -> None:
         self._upstreams.tick()
@@ -219,10 +220,16 @@ class WorkerServices:
             }
         )
 
+    def _maybe_leave_node(self) -> None:
+        """An orphan speaks for no node any more: the admin address is the next master's."""
+        if not self._standing.has_master:
+            self._admin.close_listeners()
+
     # --- the end -------------------------------------------------------------------------------------------------
 
     def stop_accepting(self) -> None:
         slot = self._context.birth.slot
+        self._maybe_leave_node()
         self._acceptor.close()
         self._adoption.close()
         self._door.draining = True

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from proxyd._frame import Unframer
-from proxyd._relay import BODY_CHUNKED, BODY_CLOSE, BODY_LENGTH, Engine, Exchange
+from proxyd._frame import BODY_CHUNKED, BODY_CLOSE, BODY_LENGTH, Unframer
+from proxyd._relay import Engine, Exchange
 from proxyd._sse import Splitter
 from proxyd.shm.metrics import Metrics
 from proxyd.shm.region import Region
@@ -109,7 +109,17 @@ class Rig:
         for sock in (ours, theirs, self.client, self.upstream):
             sock.setblocking(False)
         self.exchange = Exchange(
-            self.engine, self.owner, ours.fileno(), theirs.fileno(), None, in_kind, in_length, out_kind, splitter, tap, 4096
+            self.engine,
+            self.owner,
+            ours.fileno(),
+            theirs.fileno(),
+            None,
+            in_kind,
+            in_length,
+            out_kind,
+            splitter,
+            tap,
+            4096,
         )
 
     def turn(self) -> None:
@@ -329,7 +339,20 @@ def test_every_cut_of_the_framing_gives_the_same_bytes(rig: Callable[..., Rig]) 
 
 def test_the_unframer_and_its_twin_agree_on_good_and_bad_framing() -> None:
     rng = random.Random(3)
-    alphabet = [b"0\r\n", b"5\r\n", b"hello", b"\r\n", b"\n", b"\r", b"A;x=y\r\n", b"0123456789", b"zz", b"-1\r\n", b" ", b"T: v\r\n"]
+    alphabet = [
+        b"0\r\n",
+        b"5\r\n",
+        b"hello",
+        b"\r\n",
+        b"\n",
+        b"\r",
+        b"A;x=y\r\n",
+        b"0123456789",
+        b"zz",
+        b"-1\r\n",
+        b" ",
+        b"T: v\r\n",
+    ]
     good = bad = 0
     for _ in range(20_000):
         data = b"".join(rng.choice(alphabet) for _ in range(rng.randint(1, 9)))
@@ -351,4 +374,3 @@ def test_the_unframer_and_its_twin_agree_on_good_and_bad_framing() -> None:
             good += 1
     assert good > 1000
     assert bad > 1000
-
