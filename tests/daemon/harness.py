@@ -1,7 +1,8 @@
 """The real daemon, a scripted upstream, and a raw client, for tests that drive processes.
 
-Owns: starting `python -m proxyd -c FILE` on free ports in a temporary folder and ending it; an upstream in a thread that
-answers by script and remembers what it saw; reading rows, metrics and status. Nothing here is fixed: no port, no path.
+Owns: starting `python -m proxyd -c FILE` on free ports in a temporary folder and ending it; an upstream in threads
+that answers by script and remembers what it saw; reading rows, metrics and status. Nothing here is fixed: no port, no path.
+Kept in one file, long because all process tests share it.
 """
 
 from __future__ import annotations
@@ -405,7 +406,7 @@ def node(
     models: str = "",
     **changes: str,
 ) -> Iterator[Daemon]:
-    """A running daemon: model "m" (any name) on the OpenAI-dialect upstreams in order, "claude" on the Anthropic one."""
+    """A running daemon: any model name goes to the OpenAI-dialect upstreams in order, "claude" to the Anthropic one."""
     port = free_port()
     text = ""
     names = []
@@ -532,5 +533,6 @@ def chat_chunk(text: str = "hello", **more: Any) -> bytes:
 
 
 FINISH = chat_chunk("", finish_reason="stop")
-USAGE = b'data: {"id":"c","object":"chat.completion.chunk","model":"m-1","choices":[],"usage":{"prompt_tokens":11,"completion_tokens":5,"total_tokens":16}}\n\n'
+_COUNTS = b'{"prompt_tokens":11,"completion_tokens":5,"total_tokens":16}'
+USAGE = b'data: {"id":"c","object":"chat.completion.chunk","model":"m-1","choices":[],"usage":' + _COUNTS + b"}\n\n"
 DONE = b"data: [DONE]\n\n"

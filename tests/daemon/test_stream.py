@@ -29,6 +29,11 @@ from tests.daemon.harness import (
 Make = Callable[[Script], Upstream]
 
 
+def named(event: dict[str, object]) -> bytes:
+    """An Anthropic event."""
+    return f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
+
+
 def events(body: bytes) -> list[tuple[str, object]]:
     """(event, data) of a normalised stream."""
     found = []
@@ -106,10 +111,10 @@ def test_the_sites_route_answers_normalised_events_whatever_the_dialect(upstream
     openai = upstream(lambda wire: wire.stream(chat_chunk("Hel"), chat_chunk("lo"), FINISH, USAGE, DONE))
     claude = upstream(
         lambda wire: wire.stream(
-            b'event: message_start\ndata: {"type":"message_start","message":{"model":"c","usage":{"input_tokens":9,"output_tokens":1}}}\n\n',
-            b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hello"}}\n\n',
-            b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":4}}\n\n',
-            b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+            named({"type": "message_start", "message": {"model": "c", "usage": {"input_tokens": 9, "output_tokens": 1}}}),
+            named({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hello"}}),
+            named({"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 4}}),
+            named({"type": "message_stop"}),
         )
     )
     with node(tmp_path, openai, anthropic=claude) as daemon:
@@ -446,7 +451,8 @@ def test_no_upstream_at_all_is_502_and_a_row(upstream: Make, tmp_path: Path) -> 
 
 
 def test_plain_json_passes_as_it_is_and_is_booked(upstream: Make, tmp_path: Path) -> None:
-    answer = b'  {"model":"m","choices":[{"index":0,"message":{"content":"hi"},"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"completion_tokens":2}}'
+    choice = b'{"index":0,"message":{"content":"hi"},"finish_reason":"stop"}'
+    answer = b'  {"model":"m","choices":[' + choice + b'],"usage":{"prompt_tokens":3,"completion_tokens":2}}'
     with node(tmp_path, upstream(lambda wire: wire.json(answer))) as daemon:
         reply = ask(daemon, "/v1/chat/completions", {"model": "m", "messages": []})
         assert reply.body() == answer

@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import sqlite3
+import threading
 import time
 import traceback
 from collections import Counter
@@ -21,6 +22,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from proxyd.store.schema import StoreError
+from proxyd.store.sqlite import SqliteReader
 from proxyd.telemetry.record import Checkpoint, Final, Intent
 from proxyd.telemetry.segment import SpoolError, ensure_spool_dir, list_spool
 from proxyd.telemetry.spool import SpoolIO, SpoolWriter
@@ -280,3 +283,53 @@ def test_every_accepted_transaction_has_exactly_one_row_whoever_is_killed_whenev
     assert list_spool(state / "spool") == ({}, [])
     assert leftovers == 0
     assert "Traceback" not in log.read_text()
+
+
+async def test_a_live_loop_stores_rows_soon_syncs_beside_the_loop_and_stops_without_waiting_for_ever(
+    tmp_path: Path,
+) -> None:
+    loop, stop, synced, log = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event(), FileLog(tmp_path / "log")
+    threads: set[int] = set()
+
+    class WatchedIO(SpoolIO):
+        def fdatasync(self, fd: int) -> None:
+            super().fdatasync(fd)
+            threads.add(threading.get_ident())
+            loop.call_soon_threadsafe(synced.set)
+
+    config = SimpleNamespace(
+        server=SimpleNamespace(state_dir=tmp_path),
+        telemetry=SimpleNamespace(
+            sink=f"sqlite:///{tmp_path}/telemetry.db", linger=0.02, batch_rows=10, durability="second", retention=60.0
+        ),
+    )
+    spool = SpoolWriter.on_loop(loop, ensure_spool_dir(tmp_path), 0, 7, "second", log, io=WatchedIO())
+    process = asyncio.create_task(run(config, None, Meters(), log, stop, drain_s=0.1))
+    try:
+        async with asyncio.timeout(30):
+            for _ in range(25):
+                txn = spool.new_txn()
+                spool.intent(Intent(txn, f"r{txn}", 1, "t", 1, "up", time.time(), 10))
+                spool.final(Final(txn, 1, 1, 10, 5, time.time(), "t", f"r{txn}", "completed", 0, 0, 0, "up", 1, 5, 9))
+            while stored_rows(tmp_path) < 25:
+                await asyncio.sleep(0.01)
+            await synced.wait()
+            stop.set()
+            await process  # the spool is still open: the drain's deadline ends it
+    finally:
+        process.cancel()
+        spool.close()
+    assert threads
+    assert threading.get_ident() not in threads
+    assert stored_rows(tmp_path) == 25
+
+
+def stored_rows(state_dir: Path) -> int:
+    try:
+        reader = SqliteReader(state_dir / "telemetry.db")
+    except StoreError:
+        return 0
+    try:
+        return int(reader.fetch("SELECT COUNT(*) FROM sys_ai_transactions")[0][0])
+    finally:
+        reader.close()
