@@ -1,7 +1,7 @@
 """The real daemon, a scripted upstream, and a raw client, for tests that drive processes.
 
 Owns: starting `python -m proxyd -c FILE` on free ports in a temporary folder and ending it; an upstream in threads
-that answers by script and remembers what it saw; reading rows, metrics and status. Nothing here is fixed: no port, no path.
+that answers by script and remembers what it saw; reading rows, metrics, status. Nothing is fixed: no port, no path.
 Kept in one file, long because all process tests share it.
 """
 

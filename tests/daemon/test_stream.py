@@ -111,8 +111,8 @@ def test_the_sites_route_answers_normalised_events_whatever_the_dialect(upstream
     openai = upstream(lambda wire: wire.stream(chat_chunk("Hel"), chat_chunk("lo"), FINISH, USAGE, DONE))
     claude = upstream(
         lambda wire: wire.stream(
-            named({"type": "message_start", "message": {"model": "c", "usage": {"input_tokens": 9, "output_tokens": 1}}}),
-            named({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hello"}}),
+            named({"type": "message_start", "message": {"usage": {"input_tokens": 9, "output_tokens": 1}}}),
+            named({"type": "content_block_delta", "delta": {"type": "text_delta", "text": "Hello"}}),
             named({"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 4}}),
             named({"type": "message_stop"}),
         )
