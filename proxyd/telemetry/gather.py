@@ -18,8 +18,8 @@ from proxyd.clock import Clock
 from proxyd.store.schema import Batch, Cursor, OpenTransaction, Row
 from proxyd.telemetry.reader import Moved, Phase, Stream
 from proxyd.telemetry.record import Final
-from proxyd.telemetry.recovery import adopt, remove_if_empty, remove_segments
-from proxyd.telemetry.segment import list_spool, segment_name
+from proxyd.telemetry.recovery import adopt, remove_if_empty, remove_segments, sync_directory
+from proxyd.telemetry.segment import directory_bytes, list_spool, segment_name
 from proxyd.telemetry.spoolio import SpoolLog
 
 # How often an idle stream's lock is tried: what a dead worker left open becomes rows at most this much later.
@@ -62,7 +62,7 @@ class Gatherer:
     """All streams of one spool directory."""
 
     __slots__ = (
-        "_clock", "_directory", "_finished", "_limit", "_log", "_next_probe", "_rejected", "forget", "group", "streams"
+        "_clock", "_directory", "_finished", "_kept", "_limit", "_log", "_next_probe", "_rejected", "forget", "group", "streams"
     )  # fmt: skip
 
     def __init__(self, directory: Path, limit: int, log: SpoolLog, clock: Clock) -> None:
@@ -73,6 +73,7 @@ class Gatherer:
         self.forget: list[str] = []
         self._rejected: set[str] = set()
         self._finished: set[str] = set()
+        self._kept: set[str] = set()
         self._next_probe = 0.0
 
     def adopt(
@@ -85,6 +86,7 @@ class Gatherer:
         if cursor is not None and cursor.finished:
             self._finished.add(name)
             remove_segments(self._directory, name, sequences)
+            sync_directory(self._directory)
             self.forget.append(name)
             return
         stream = adopt(self._directory, name, sequences, cursor, carried)
@@ -173,6 +175,11 @@ class Gatherer:
         if group.since is None:
             group.since = self._clock.monotonic()
 
+    def waiting_bytes(self) -> int:
+        """Bytes in the spool that are not read yet; the stored part of a live segment waits for nothing."""
+        read = sum(stream.position for stream in self.streams.values() if stream.phase is not Phase.ENDED)
+        return max(0, directory_bytes(self._directory) - read)
+
     def on_stored(self, group: Group) -> None:
         """After the group's commit: removes the files that it left behind, and the ended streams."""
         for stream, _ in group.moved:
@@ -193,17 +200,22 @@ class Gatherer:
             self._log.error(
                 "spool_records_missing", stream=stream.name, segment=stream.sequence, bytes=moved.skipped_bytes
             )
+        for sequence in moved.unreadable:
+            self._log.error("spool_segment_damaged", file=segment_name(stream.name, sequence))
         if stream.skipped_records:
             self._log.error("spool_records_unknown", stream=stream.name, records=stream.skipped_records)
             stream.skipped_records = 0
         try:
-            damaged = (cut.segment,) if cut is not None and cut.is_damage else ()
-            remove_segments(self._directory, stream.name, moved.done_with, damaged)
+            damaged = [*moved.unreadable, *([cut.segment] if cut is not None and cut.is_damage else [])]
+            remove_segments(self._directory, stream.name, [*moved.done_with, *moved.unreadable], damaged)
+            if stream.phase is Phase.ENDED:
+                sync_directory(self._directory)
         except OSError as error:
-            # The cursor says that they are stale: the next start removes them. So the stream must not be forgotten now.
+            # The cursor says that they are stale, and the next start removes them; so the cursor must stay till then.
+            self._kept.add(stream.name)
             self._log.error("spool_not_removed", stream=stream.name, reason=str(error))
             return
-        if stream.phase is Phase.ENDED:
+        if stream.phase is Phase.ENDED and stream.name not in self._kept:
             self.forget.append(stream.name)
 
     def close(self) -> None:

@@ -79,11 +79,15 @@ class Cut:
 
 @dataclass(slots=True)
 class Moved:
-    """What leaving a segment came to: segments to remove once this is stored, and what was cut or skipped."""
+    """What leaving a segment came to: segments to remove once this is stored, and what was cut or skipped.
+
+    `unreadable` are later segments that were passed over because their header is damaged.
+    """
 
     done_with: list[int]
     cut: Cut | None = None
     skipped_bytes: int = 0
+    unreadable: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -204,10 +208,10 @@ class Stream:
             header = self.enter(sequence, consumed)
             if header is not None:
                 skipped = max(0, header.carried_from - consumed) if consumed is not None and header.carried_bytes else 0
-                done_with = [number for number in range(left, sequence) if number]
+                unreadable = [number for number in later if number < sequence]
                 if self.phase is Phase.ABANDONED:
                     self.transition(Phase.READING)
-                return Moved(done_with, cut, skipped)
+                return Moved([left] if left else [], cut, skipped, unreadable)
         return None
 
     def end(self) -> Moved:

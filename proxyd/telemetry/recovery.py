@@ -61,7 +61,10 @@ def _replay(stream: Stream, position: int) -> None:
 
 
 def remove_segments(directory: Path, stream: str, sequences: Iterable[int], damaged: Iterable[int] = ()) -> None:
-    """Removes consumed segments and makes that durable; the damaged ones are set aside under another name instead."""
+    """Removes consumed segments; the damaged ones are set aside under another name instead.
+
+    Durable only after sync_directory: needed before a stream's cursor goes, for until then the cursor calls them stale.
+    """
     kept = set(damaged)
     for sequence in sequences:
         path = directory / segment_name(stream, sequence)
@@ -72,7 +75,6 @@ def remove_segments(directory: Path, stream: str, sequences: Iterable[int], dama
                 path.unlink()
         except FileNotFoundError:
             continue
-    sync_directory(directory)
 
 
 def remove_leftovers(directory: Path) -> int:

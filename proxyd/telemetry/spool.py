@@ -44,9 +44,10 @@ from proxyd.telemetry.segment import (
 )
 from proxyd.telemetry.spoolio import InThread, SpoolIO, SpoolLog, sync_thread
 
-# Twice: fewer files but longer restarts of the reader, which scans one segment a stream; half: more renames and
-# directory syncs.
+# Twice: longer restarts of the reader, which scans one segment a stream; half: more renames and directory syncs.
 SEGMENT_BYTES = 16 * 1024 * 1024
+# A live segment counts against spool_max even when all of it is stored: with 64 workers at most a quarter of it.
+_SEGMENTS_IN_SPOOL_MAX, _SEGMENT_LEAST_BYTES = 256, 64 * 1024
 HELD_SOFT_BYTES = 8 * 1024 * 1024  # about 70,000 records: a second of a full disk at the busiest node we know
 HELD_HARD_BYTES = 64 * 1024 * 1024
 # Half of what `second` promises, so that the sync itself may take the other half.
@@ -92,17 +93,17 @@ class SpoolWriter:
     ) -> None:
         self._directory, self._slot, self._epoch, self._durability = directory, slot, epoch, durability
         self._log, self._call_soon, self._call_later, self._in_thread = log, call_soon, call_later, in_thread
-        self._io, self._clock, self._segment_bytes, self._spool_max = io or SpoolIO(), clock, segment_bytes, spool_max
+        self._io, self._clock, self._spool_max = io or SpoolIO(), clock, spool_max
+        largest = max(spool_max // _SEGMENTS_IN_SPOOL_MAX, _SEGMENT_LEAST_BYTES) if spool_max else SEGMENT_BYTES
+        self._segment_bytes = min(segment_bytes, largest)
         self._nonce = int.from_bytes(os.urandom(8), "little")
         header = Header(slot, epoch, self._nonce, 0, 0, 0.0, 0, 0)
         self._seed, self._stream = header.seed, header.stream
         self._counter = count(1).__next__
-        self._fd = -1
-        self._sequence = 0
+        self._fd, self._sequence = -1, 0
         self._whole = self._synced = HEADER_BYTES
         self._pending: list[bytes] = []
-        self._pending_bytes = 0
-        self._partial = 0
+        self._pending_bytes = self._partial = 0
         self._unsynced: list[bytes] = []
         self._unsynced_bytes = 0
         # `_must_rotate`: this segment takes no more bytes; `_tainted`: it takes them, but a sync of it proves nothing.
@@ -112,9 +113,7 @@ class SpoolWriter:
         self._write_fault: str | None = None
         self._sync_fault: str | None = None
         self._bound_fault: str | None = None
-        self._sync_failures = 0
-        self._syncing_fd = -1
-        self._retry_at = 0.0
+        self._sync_failures, self._syncing_fd, self._retry_at = 0, -1, 0.0
         self._timer: Any = None
         self.lost = 0
         if not self._rotate():
@@ -130,12 +129,13 @@ class SpoolWriter:
         epoch: int,
         durability: str,
         log: SpoolLog,
+        *,
         spool_max: int = 0,
+        io: SpoolIO | None = None,
     ) -> Self:
         """The spool of a process that runs `loop`: its timers, and one thread of its own for syncs."""
-        soon, later, thread = loop.call_soon, loop.call_later, sync_thread(loop)
-        fixed = directory, slot, epoch, durability, log
-        return cls(*fixed, soon, call_later=later, in_thread=thread, spool_max=spool_max)
+        given = directory, slot, epoch, durability, log, loop.call_soon
+        return cls(*given, call_later=loop.call_later, in_thread=sync_thread(loop), spool_max=spool_max, io=io)
 
     @property
     def stream(self) -> str:

@@ -48,7 +48,7 @@ from proxyd.telemetry.deadletter import append_dead_letters
 from proxyd.telemetry.gather import Gatherer, Group
 from proxyd.telemetry.reader import interrupted
 from proxyd.telemetry.recovery import remove_leftovers
-from proxyd.telemetry.segment import DEAD_LETTERS, directory_bytes, ensure_spool_dir, list_spool
+from proxyd.telemetry.segment import DEAD_LETTERS, ensure_spool_dir, list_spool
 from proxyd.telemetry.spoolio import SpoolLog
 
 LOCK_NAME = "telemetry.lock"
@@ -114,7 +114,8 @@ class Writer:
 
     __slots__ = (
         "_clock", "_dead", "_directory", "_drain_until", "_gatherer", "_has_given_up", "_interrupted", "_is_open",
-        "_lag", "_log", "_next_gauge", "_next_retention", "_retry_s", "_settings", "_spool_bytes", "_stop", "_store", "_stored",
+        "_lag", "_log", "_next_gauge", "_next_retention", "_retry_s", "_settings", "_spool_bytes", "_stop",
+        "_store", "_stored",
     )  # fmt: skip
 
     def __init__(
@@ -291,7 +292,7 @@ class Writer:
         now = self._clock.monotonic()
         if now >= self._next_gauge:
             self._next_gauge = now + GAUGE_S
-            self._spool_bytes.set(directory_bytes(self._directory))
+            self._spool_bytes.set(self._gatherer.waiting_bytes())
 
     async def _keep_retention(self) -> None:
         """Deletes one small batch of rows past their retention, once an hour one after the other until none is left."""
@@ -313,7 +314,7 @@ class Writer:
 
     def _on_failure(self, error: Exception) -> None:
         self._is_open = False
-        self._spool_bytes.set(directory_bytes(self._directory))
+        self._spool_bytes.set(self._gatherer.waiting_bytes())
         self._log.error(
             "store_failed", reason=str(error), retry_s=self._retry_s, waiting=len(self._gatherer.group.batch.rows)
         )

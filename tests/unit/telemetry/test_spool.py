@@ -284,3 +284,12 @@ def test_closing_gives_up_the_lock_and_takes_nothing_more(world: World) -> None:
     assert spool.lost == 1
     with (world.spool / segments(world)[0]).open() as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_segments_are_small_beside_a_small_spool_max(world: World) -> None:
+    spool = world.writer("os", spool_max=16 * 1024 * 1024)
+    for txn in range(1, 1500):
+        begin(spool, txn)
+        if txn % 100 == 0:
+            world.turn()
+    assert len(segments(world)) == 2

@@ -11,6 +11,7 @@ import zlib
 import pytest
 
 from proxyd.store.schema import Cursor
+from proxyd.telemetry.gather import Gatherer
 from proxyd.telemetry.reader import Stream
 from proxyd.telemetry.record import Kind
 from proxyd.telemetry.recovery import adopt
@@ -327,3 +328,47 @@ def test_nothing_is_left_of_a_drained_spool(world: World) -> None:
     world.drain()
     assert list_spool(world.spool) == ({}, [])
     assert len(world.rows()) == 27
+
+
+def test_what_waits_in_the_spool_is_zero_once_all_is_stored_though_the_segment_stays(world: World) -> None:
+    spool = world.writer("os")
+    spool.final(final(1))
+    world.turn()
+    gatherer = Gatherer(world.spool, 100, world.log, world.clock)
+    assert gatherer.waiting_bytes() > 0
+    gatherer.gather(False)
+    assert gatherer.waiting_bytes() == 0
+    assert len(world.files()) == 1
+    gatherer.close()
+
+
+def test_a_segment_with_a_damaged_header_is_set_aside_and_its_successors_are_read(world: World) -> None:
+    spool = world.writer("os", segment_bytes=100)
+    for txn in range(1, 6):
+        spool.final(final(txn))
+        world.turn()
+    world.die(spool)
+    damaged = world.spool / segment_name(spool.stream, 2)
+    with damaged.open("r+b") as segment:
+        segment.write(b"damage")
+    world.drain()
+    assert world.rows()[0][0] == "r1"
+    assert world.rows()[-1][0] == "r5"
+    assert world.files() == [damaged.name + ".damaged"]
+    assert world.log.named("spool_segment_damaged") == [{"file": damaged.name}]
+
+
+def test_files_that_come_back_behind_a_finished_cursor_are_stale(world: World) -> None:
+    spool = world.writer("os", segment_bytes=100)
+    for txn in range(1, 6):
+        spool.final(final(txn))
+        world.turn()
+    world.die(spool)
+    contents = {path: path.read_bytes() for path in world.spool.iterdir()}
+    world.gather_once()
+    for path, content in contents.items():
+        path.write_bytes(content)
+    world.query(f"INSERT INTO sys_ai_spool_offsets VALUES ('{spool.stream}', 5, 1000, 1)")
+    world.drain()
+    assert len(world.rows()) == 5
+    assert world.files() == []
