@@ -110,10 +110,11 @@ class Beat:
 class Standing:
     """This process's own state, for `/readyz`: written by worker/main.py, read by whoever answers."""
 
-    __slots__ = ("state",)
+    __slots__ = ("has_master", "state")
 
     def __init__(self) -> None:
         self.state = State.STARTING
+        self.has_master = True
 
     @property
     def is_ready(self) -> bool:

@@ -7,6 +7,7 @@ connect is the Unix socket's mode, or loopback: there is no token here.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import socket
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from proxyd.web.status import build_status
 # A revocation is three short fields; more is a mistake.
 MAX_BODY_BYTES = 16 * 1024
 SHUTDOWN_S = 1.0
+# Connections between accept and their transport: one turn of the loop each.
+MAX_HANDSHAKES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +57,67 @@ def make_admin_app(context: AdminContext) -> web.Application:
 
 
 class AdminServer:
-    """The application on its listeners, in one worker."""
+    """The application on its listeners, in one worker.
 
-    __slots__ = ("_context", "_runner")
+    Accepts by itself: `create_server(sock=...)` would call listen() again, with another backlog and with our pid as
+    the socket's owner, by which a new master tells a living node from the orphans of a dead one (host/sockets.py).
+    """
+
+    __slots__ = ("_context", "_listeners", "_loop", "_runner", "_tasks")
 
     def __init__(self, context: AdminContext) -> None:
         self._context = context
         self._runner: web.AppRunner | None = None
+        self._listeners: list[socket.socket] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[object]] = set()
 
     async def start(self, listeners: Sequence[socket.socket]) -> None:
-        """Accepts from now on. The listeners stay the master's: what is closed at the end is our descriptor."""
-        runner = web.AppRunner(make_admin_app(self._context), handle_signals=False, access_log=None)
-        await runner.setup()
-        for listener in listeners:
-            await web.SockSite(runner, listener.dup(), shutdown_timeout=SHUTDOWN_S).start()
-        self._runner = runner
+        """Accepts from now on."""
+        self._loop = asyncio.get_running_loop()
+        self._runner = web.AppRunner(
+            make_admin_app(self._context), handle_signals=False, access_log=None, shutdown_timeout=SHUTDOWN_S
+        )
+        await self._runner.setup()
+        self._listeners = list(listeners)
+        for listener in self._listeners:
+            self._loop.add_reader(listener.fileno(), self._on_readable, listener)
+
+    def close_listeners(self) -> None:
+        """Accepts no more and lets go of the address; open connections stay."""
+        for listener in self._listeners:
+            if self._loop is not None and listener.fileno() >= 0:
+                self._loop.remove_reader(listener.fileno())
+            listener.close()
+        self._listeners.clear()
 
     async def stop(self) -> None:
+        self.close_listeners()
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
+
+    def _on_readable(self, listener: socket.socket) -> None:
+        """One connection a turn: another worker may have been faster, and nobody is in a hurry here."""
+        try:
+            sock, _ = listener.accept()
+        except OSError:
+            return
+        server = self._runner.server if self._runner is not None else None
+        if server is None or self._loop is None or len(self._tasks) >= MAX_HANDSHAKES:
+            sock.close()
+            return
+        sock.setblocking(False)
+        task: asyncio.Task[object] = self._loop.create_task(self._pass_on(server, sock))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _pass_on(self, server: web.Server, sock: socket.socket) -> None:
+        assert self._loop is not None
+        try:
+            await self._loop.connect_accepted_socket(server, sock)
+        except OSError:  # the peer left between two callbacks of ours
+            sock.close()
 
 
 async def _metrics(request: web.Request) -> web.Response:

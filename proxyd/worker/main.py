@@ -167,6 +167,7 @@ def _run(
             # Nobody writes to this pipe, so readable means its end: the other side is gone.
             loop.remove_reader(birth.lifeline_fd)
             log.warning("orphaned", detail="the master is gone")
+            context.standing.has_master = False
             stop.ask(min(term_timeout_s, ORPHAN_S))
 
         loop.add_reader(birth.lifeline_fd, on_lifeline)
