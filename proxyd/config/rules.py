@@ -105,8 +105,6 @@ def _auth(config: Config) -> Iterator[Problem]:
                 f"does not fit the algorithms ({', '.join(auth.algorithms)})",
                 f"remove it, or choose {'RS256 or ES256' if name.startswith('jwks') else 'HS256'}",
             )
-    if auth.jwks_url:
-        yield Problem("error", ("auth", "jwks_url"), "is not supported by this version", "use auth.jwks_file")
 
 
 def _upstreams(config: Config) -> Iterator[Problem]:

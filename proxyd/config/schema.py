@@ -88,7 +88,9 @@ class Auth(Section):
     secret_file: Path = option("/etc/proxyd/jwt.secret", "the HS256 secret, at least 32 bytes, not readable by others")
     secret_env: EnvName = option("", "instead: the environment variable that holds it")
     jwks_file: Path = option("", "the public keys for RS256 and ES256, a JWK set")
-    jwks_url: Annotated[str, BeforeValidator(v.http_url_or_none)] = option("", "instead: where to fetch them")
+    jwks_url: Annotated[str, BeforeValidator(v.http_url_or_none)] = option(
+        "", "instead: where to fetch them: at start, every ten minutes, and for an unknown kid"
+    )
     allowed_origins: tuple[Annotated[str, BeforeValidator(v.web_origin)], ...] = option(
         [], "origins whose pages may use the cookie (CORS with credentials); empty is same origin only", lists=True
     )
@@ -161,7 +163,9 @@ class UpstreamConfig(Section):
     max_connections: Annotated[int, v.whole(1, 65535)] = option(1024, "connections at once, per worker")
     max_idle: Annotated[int, v.whole(0, 65535)] = option(256, "idle connections kept, per worker")
     idle_expiry: Annotated[float, v.duration("0s", "1h")] = option("60s", "how long an idle connection is kept")
-    max_age: Annotated[float, v.duration("100ms", "24h")] = option("1h", "a connection older than this is not used again")
+    max_age: Annotated[float, v.duration("100ms", "24h")] = option(
+        "1h", "a connection older than this is not used again"
+    )
     connect_timeout: Annotated[float, v.duration("10ms", "5m")] = option("3s", "name, TCP and TLS together")
     first_byte_timeout: Annotated[float, v.duration("10ms", "1h")] = option(
         "60s", "request sent to the answer's first byte"

@@ -10,14 +10,14 @@ Invariants: every admitted request is in exactly one of `_calls`, `_streams` unt
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
 from proxyd._relay import Engine
 from proxyd.access.admission import Admission
 from proxyd.access.origin import OriginPolicy, forwarded_scheme
-from proxyd.access.session import Session, Sessions
+from proxyd.access.session import Session, Sessions, UnknownKey
 from proxyd.clock import Clock
 from proxyd.config.schema import Config, ModelConfig
 from proxyd.dialects.ask import Ask, Route, parse_ask
@@ -59,8 +59,11 @@ class Relay:
         admission: Admission,
         upstreams: Upstreams,
         book: Book,
+        wait_for_keys: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._loop = loop
+        self._wait_for_keys = wait_for_keys
+        self._waiting: set[asyncio.Task[None]] = set()
         self._config = config
         self._clock = clock
         self._sessions = sessions
@@ -154,6 +157,9 @@ class Relay:
 
     def serve(self, client: ClientConnection, request: Request) -> None:
         """One complete request on a relay route: refused at once, or admitted and begun."""
+        self._serve(client, request, may_wait=True)
+
+    def _serve(self, client: ClientConnection, request: Request, *, may_wait: bool) -> None:
         route = Route(request.head.path)
         session: Session | None = None
         try:
@@ -169,6 +175,16 @@ class Relay:
             if ask.model is None:
                 ask = replace(ask, model=model.name)
         except Refusal as refusal:
+            if may_wait and isinstance(refusal, UnknownKey) and refusal.is_pending and self._wait_for_keys is not None:
+                task = self._loop.create_task(self._serve_with_new_keys(client, request, self._wait_for_keys))
+                self._waiting.add(task)
+                task.add_done_callback(self._waiting.discard)
+
+                def give_up() -> None:
+                    task.cancel()
+
+                client.on_gone = give_up
+                return
             self._refused(client, request, route, session, refusal)
             return
         transaction = Transaction(
@@ -194,6 +210,14 @@ class Relay:
         call = Call(self, client, request, ask, model, cors, transaction)
         self._calls[transaction] = call
         call.start(self._loop)
+
+    async def _serve_with_new_keys(
+        self, client: ClientConnection, request: Request, wait: Callable[[], Awaitable[None]]
+    ) -> None:
+        """The token names a key that is being fetched: once more when it has come, or has not."""
+        await wait()
+        client.on_gone = None
+        self._serve(client, request, may_wait=False)
 
     def _choose_model(self, ask: Ask) -> ModelConfig:
         """The configured model that answers. Raises Refusal 404, or 400 where the site's route needs a name."""

@@ -30,7 +30,8 @@ from proxyd.front.states import State as ClientState
 from proxyd.front.wheel import Wheel
 from proxyd.host.sockets import Listeners
 from proxyd.relay.service import Relay
-from proxyd.shm.beats import State
+from proxyd.shm.beats import Beat, State
+from proxyd.shm.metrics import read
 from proxyd.shm.revocations import RevocationRing
 from proxyd.telemetry.segment import ensure_spool_dir
 from proxyd.telemetry.spool import SpoolWriter
@@ -39,6 +40,7 @@ from proxyd.web.admin import AdminContext, AdminServer
 from proxyd.web.app import Readiness, WebContext, WebServer
 from proxyd.worker.adopt import Adoption
 from proxyd.worker.book import SpoolBook
+from proxyd.worker.jwks import KeyFetcher
 from proxyd.worker.main import Context
 
 # A connection accepted in the last moment has its request in the socket already: it is read before idle ones close.
@@ -67,8 +69,9 @@ class WorkerServices:
     """See worker.main.Services for what each public name means."""
 
     __slots__ = (
-        "_acceptor", "_admin", "_adoption", "_clock", "_context", "_door", "_is_last_read", "_listeners", "_log",
-        "_metrics", "_relay", "_revocations", "_ring", "_spool", "_standing", "_ticks", "_upstreams", "_web", "_wheel",
+        "_acceptor", "_admin", "_adoption", "_clock", "_context", "_door", "_is_last_read", "_keys", "_listeners",
+        "_log", "_metrics", "_relay", "_revocations", "_ring", "_spool", "_standing", "_ticks", "_upstreams",
+        "_web", "_wheel",
     )  # fmt: skip
 
     def __init__(self, context: Context, blueprint: Blueprint) -> None:
@@ -80,7 +83,10 @@ class WorkerServices:
         self._ticks = 0
         self._is_last_read = False
         self._wheel = Wheel(clock.monotonic())
-        sessions = Sessions(config.auth, blueprint.secrets, clock)
+        self._keys = keys = KeyFetcher(loop, config.auth.jwks_url, log) if config.auth.jwks_url else None
+        sessions = Sessions(config.auth, blueprint.secrets, clock, request_fetch=keys.request if keys else None)
+        if keys is not None:
+            keys.remote = sessions.remote
         self._revocations = sessions.revocations
         self._ring = RevocationRing(context.region)
         self._upstreams = Upstreams(config, blueprint.secrets, metrics, log, clock, loop)
@@ -95,7 +101,10 @@ class WorkerServices:
         )
         admission = Admission(config, clock)
         book = SpoolBook(self._spool)
-        self._relay = Relay(loop, config, clock, log, metrics, self._wheel, sessions, admission, self._upstreams, book)
+        wait = keys.wait if keys is not None else None
+        self._relay = Relay(
+            loop, config, clock, log, metrics, self._wheel, sessions, admission, self._upstreams, book, wait
+        )
         self._web = WebServer(
             WebContext(
                 models=config.model,
@@ -149,6 +158,9 @@ class WorkerServices:
         )
 
     async def start(self) -> None:
+        if self._keys is not None and self._keys.remote is not None:
+            self._keys.remote.tick()
+            await self._keys.wait()
         self._learn_revocations()
         await self._web.start(self._context.loop)
         await self._admin.start(self._listeners.admin)
@@ -177,6 +189,8 @@ class WorkerServices:
 
     def tick(self) -> None:
         self._upstreams.tick()
+        if self._keys is not None and self._keys.remote is not None:
+            self._keys.remote.tick()
         self._ticks += 1
         if self._ticks % EXPIRE_EVERY_TICKS == 0:
             self._revocations.expire(self._clock.wall())
@@ -202,7 +216,14 @@ class WorkerServices:
         broken = self._spool.broken_reason
         if broken is not None:
             return Readiness(False, "spool_unavailable", details={"spool": broken})
-        return Readiness(True)
+        return Readiness(True, details=self._telemetry())
+
+    def _telemetry(self) -> dict[str, object]:
+        """Whether rows flow: a store that is down keeps nobody from being served, but should be seen."""
+        slot = self._context.region.slots - 2
+        gauges = read(self._context.region, self._clock.monotonic(), [slot]).gauges
+        waiting = sum(gauges.get("proxyd_telemetry_spool_bytes", {}).values())
+        return {"telemetry": Beat(self._context.region, slot).state.name.lower(), "spool_bytes": waiting}
 
     def _record(self, answered: Answered) -> None:
         """The access line and the count of what the relay did not answer."""
@@ -259,6 +280,8 @@ class WorkerServices:
     async def close(self) -> None:
         self._relay.drop()
         self._door.close()
+        if self._keys is not None:
+            self._keys.close()
         await self._admin.stop()
         await self._web.stop()
         await self._upstreams.close()

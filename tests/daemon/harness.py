@@ -371,6 +371,8 @@ drain_timeout = "5s"
     }
     if "server" not in changes or "workers" not in changes["server"]:
         sections["server"] += "workers = 1\n"
+    if any(word in changes.get("auth", "") for word in ("jwks_", "secret_", "mode")):
+        sections["auth"] = ""
     for name, text in changes.items():
         sections[name] = sections.get(name, "") + text + "\n"
     return "\n".join(f"[{name}]\n{text}" for name, text in sections.items()) + "\n" + upstreams

@@ -1,4 +1,7 @@
-"""The path of one streaming request through the running daemon: what the client gets, what is booked."""
+"""The path of one streaming request through the running daemon: what the client gets, what is booked.
+
+One file, long because each test is one sentence of the contract about that path.
+"""
 
 from __future__ import annotations
 
