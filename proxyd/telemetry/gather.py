@@ -62,7 +62,8 @@ class Gatherer:
     """All streams of one spool directory."""
 
     __slots__ = (
-        "_clock", "_directory", "_finished", "_kept", "_limit", "_log", "_next_probe", "_rejected", "forget", "group", "streams"
+        "_clock", "_directory", "_finished", "_kept", "_limit", "_log", "_next_probe", "_rejected", "forget",
+        "group", "streams",
     )  # fmt: skip
 
     def __init__(self, directory: Path, limit: int, log: SpoolLog, clock: Clock) -> None:

@@ -160,6 +160,7 @@ def test_a_disk_that_fails_every_sync_gets_few_new_segments_and_still_takes_reco
         spool.tick()
         world.clock.advance(0.5)
     assert 2 <= len(segments(world)) <= 10
+    assert len(disk.failed_files) == len(segments(world))
     assert spool.pending_records == 0
     spool.close()
     world.drain()

@@ -358,7 +358,7 @@ def test_a_segment_with_a_damaged_header_is_set_aside_and_its_successors_are_rea
     assert world.log.named("spool_segment_damaged") == [{"file": damaged.name}]
 
 
-def test_files_that_come_back_behind_a_finished_cursor_are_stale(world: World) -> None:
+def test_segments_that_come_back_before_their_streams_cursor_are_stale(world: World) -> None:
     spool = world.writer("os", segment_bytes=100)
     for txn in range(1, 6):
         spool.final(final(txn))
@@ -368,7 +368,6 @@ def test_files_that_come_back_behind_a_finished_cursor_are_stale(world: World) -
     world.gather_once()
     for path, content in contents.items():
         path.write_bytes(content)
-    world.query(f"INSERT INTO sys_ai_spool_offsets VALUES ('{spool.stream}', 5, 1000, 1)")
     world.drain()
     assert len(world.rows()) == 5
     assert world.files() == []

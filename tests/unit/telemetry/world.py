@@ -28,6 +28,7 @@ class Disk(SpoolIO):
         self.syncs: list[int] = []
         self.written: list[int] = []
         self.synced: list[int] = []
+        self.failed_files: list[int] = []
 
     def write(self, fd: int, data: bytes) -> int:
         if self.writes:
@@ -39,7 +40,9 @@ class Disk(SpoolIO):
         return super().write(fd, data)
 
     def fdatasync(self, fd: int) -> None:
+        assert os.fstat(fd).st_ino not in self.failed_files, "a failed sync was retried on its file"
         if self.syncs and self.syncs.pop(0):
+            self.failed_files.append(os.fstat(fd).st_ino)
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         self.synced.append(fd)
 
