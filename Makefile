@@ -52,7 +52,7 @@ pytest: build
 	@$(PY) -m pytest $(ARGS)
 
 bench: build
-	@$(PY) -m bench $(ARGS)
+	@$(PY) -m tests.bench $(ARGS)
 
 dist: $(INSTALLED)
 	@$(PY) -m build --no-isolation
