@@ -134,7 +134,7 @@ def config_text(directory: str, port: int, providers: list[Provider]) -> str:
 listen = ["{HOST}:{port}"]
 admin = "unix:{directory}/run/admin.sock"
 workers = 1
-drain_timeout = "300ms"
+drain_timeout = "100ms"
 state_dir = "{directory}/state"
 runtime_dir = "{directory}/run"
 

@@ -28,6 +28,8 @@ __all__ = ["LINGER_BYTES", "LINGER_IDLE_S", "LINGER_TOTAL_S", "Channel", "Owner"
 # nginx lingers 5 s between reads, 30 s in all. A client that still writes reads our answer within a round trip.
 LINGER_IDLE_S = 2.0
 LINGER_TOTAL_S = 10.0
+# While the worker leaves: a few round trips, because somebody waits for the process to end.
+LINGER_DRAINING_S = 0.3
 # Enough for a client that sends the whole of a body four times max_body before it reads; beyond, it gets its RST.
 LINGER_BYTES = 32 * 1024 * 1024
 
@@ -41,6 +43,7 @@ class Owner(Protocol):
     clock: Clock
     wheel: Wheel
     scratch: memoryview
+    draining: bool
 
 
 class Channel:
@@ -193,8 +196,9 @@ class Channel:
         except OSError:
             self._close()
             return
-        self._linger_until = self._owner.clock.monotonic() + LINGER_TOTAL_S
-        self._arm(LINGER_IDLE_S)
+        idle_s, total_s = (LINGER_DRAINING_S,) * 2 if self._owner.draining else (LINGER_IDLE_S, LINGER_TOTAL_S)
+        self._linger_until = self._owner.clock.monotonic() + total_s
+        self._arm(idle_s)
         self._watch(True)
 
     def _discard(self, count: int) -> None:
@@ -207,7 +211,8 @@ class Channel:
 
     def abort(self) -> None:
         """Closes at once, with a reset: what the client did not take is dropped. From any state."""
-        if self.sock is not None:
+        # A lingering client has its answer and the end of it; a reset could only take them away again.
+        if self.sock is not None and self.state is not State.LINGERING:
             try:
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
             except OSError:
