@@ -159,7 +159,7 @@ class Master:
             if now - self._checked_at >= CHECK_S:
                 self._check(now)
             self._act_on_due(now)
-            self._maybe_advance(now)
+            self._maybe_advance()
 
     def _timeout_ms(self, now: float) -> int:
         due = [slot.due_at for slot in self._slots if slot.due_at is not None]
@@ -244,7 +244,7 @@ class Master:
             if code:
                 self._log.warning("child_ended", child=slot.spec.name, pid=child.pid, how=_tell(code))
             return
-        slot.failures, delay = judge.decide_delay(age_s, slot.failures, code)
+        slot.failures, delay = judge.decide_delay(age_s, slot.failures, code, has_served=slot.is_ready)
         slot.move(Phase.BACKOFF, now + delay)
         if delay and slot.has_beats:
             Beat(self._region, slot.number).set_vacant(True)
@@ -269,11 +269,6 @@ class Master:
                 slot.was_ready = slot.was_ready or slot.is_ready
                 if slot.is_ready:
                     beat.set_vacant(False)
-        if self._phase is NodePhase.STARTING and judge.has_started(self._slots):
-            self._move(NodePhase.SERVING)
-            self._log.info("ready", pid=os.getpid(), workers=self._spec.workers)
-            self._spec.notifier.ready("serving")
-            self._spec.on_ready()
 
     # --- time ----------------------------------------------------------------------------------------------------
 
@@ -338,7 +333,14 @@ class Master:
             elif slot.phase is not Phase.GONE:
                 slot.move(Phase.GONE)
 
-    def _maybe_advance(self, now: float) -> None:
+    def _maybe_advance(self) -> None:
+        """Moves the node on when its children did. Looked at in every turn: a node is also ready when the last worker
+        that was starting has died."""
+        if self._phase is NodePhase.STARTING and judge.has_started(self._slots):
+            self._move(NodePhase.SERVING)
+            self._log.info("ready", pid=os.getpid(), workers=self._spec.workers)
+            self._spec.notifier.ready("serving")
+            self._spec.on_ready()
         if self._phase is NodePhase.DRAINING and self._are_gone(self._slots[: self._spec.workers]):
             self._move(NodePhase.CLOSING)
             self._stop(self._slots[self._spec.workers :], OTHERS_TIMEOUT_S)

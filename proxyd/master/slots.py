@@ -21,6 +21,7 @@ from proxyd.master.children import Child
 YOUNG_S = 2.0  # a child that died younger was in a crash loop; half misses slow boots, twice slows real recoveries
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 10.0  # twice: an operator who repaired the cause waits too long; half: a fork bomb of log lines
+BACKOFF_SERVED_MAX_S = 0.5  # of one that did serve: somebody may wait for it, and a boot costs 20 ms of a core
 CANNOT_BOOT_S = 1.0  # the first delay of one that said so itself
 BEAT_TIMEOUT_S = 10.0  # the pulse is 0.1 s, so this is no busy loop but a stuck one
 BOOT_TIMEOUT_S = 30.0
@@ -80,7 +81,7 @@ class Slot:
         self.due_at = due_at
 
 
-def decide_delay(age_s: float, failures: int, exit_code: int | None) -> tuple[int, float]:
+def decide_delay(age_s: float, failures: int, exit_code: int | None, *, has_served: bool = False) -> tuple[int, float]:
     """Failures in a row, and seconds until the successor. One sudden death is answered at once: it serves somebody's
     waiting connections; a second one, young, waits, and twice as long each time."""
     if age_s >= YOUNG_S and exit_code != EXIT_CANNOT_BOOT:
@@ -90,7 +91,8 @@ def decide_delay(age_s: float, failures: int, exit_code: int | None) -> tuple[in
         return failures, min(BACKOFF_MAX_S, CANNOT_BOOT_S * 2.0 ** min(failures - 1, 10))
     if failures == 1:
         return failures, 0.0
-    return failures, min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(failures - 2, 10))
+    longest_s = BACKOFF_SERVED_MAX_S if has_served else BACKOFF_MAX_S
+    return failures, min(longest_s, BACKOFF_FIRST_S * 2.0 ** min(failures - 2, 10))
 
 
 def is_silent(slot: Slot, now: float, beat: int, timeout_s: float, boot_timeout_s: float) -> bool:

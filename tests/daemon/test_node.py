@@ -321,3 +321,19 @@ def test_without_its_state_directory_no_worker_boots_and_the_daemon_says_why(tmp
             pass
     finally:
         upstream.close()
+
+
+def test_usr1_moves_every_process_to_the_new_access_log(tmp_path: Path, upstream: MakeUpstream) -> None:
+    path = tmp_path / "access.log"
+    script = upstream(lambda wire: wire.json({"ok": True}))
+    with node(tmp_path, script, server="workers = 2", log=f'access = "{path}"') as daemon:
+        wait_for(lambda: path.exists() and "/readyz" in path.read_text())
+        path.rename(tmp_path / "access.log.1")
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGUSR1)
+        wait_for(path.exists)
+        for _ in range(8):
+            daemon.get("/healthz")
+        wait_for(lambda: path.read_text().count("/healthz") >= 1)
+        old = (tmp_path / "access.log.1").read_text().count("/healthz")
+        assert wait_for(lambda: path.read_text().count("/healthz") + old == 8)

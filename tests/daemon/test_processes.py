@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import selectors
 import signal
 import socket
@@ -39,13 +40,13 @@ def eventually(check: Callable[[], Any], what: str | Callable[[], str]) -> Any:
 class Node:
     """One trivial node, in a session of its own, so that whatever it leaves behind can be found."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, environ: dict[str, str] | None = None, **options: Any) -> None:
         self.port = options.setdefault("port", free_port())
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "tests/daemon/trivial_node.py"), json.dumps(options)],
             stderr=subprocess.PIPE,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})},
             start_new_session=True,
         )
         assert self.process.stderr is not None
@@ -385,3 +386,45 @@ def test_the_unix_path_goes_with_the_node(start: Callable[..., Node], tmp_path: 
     node.signal(signal.SIGTERM)
     assert node.wait_exit() == 0
     assert os.listdir(tmp_path) == []
+
+
+def test_systemd_hears_ready_watchdog_and_stopping_from_the_master_alone(
+    start: Callable[..., Node], tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(PATIENCE_S)
+        node = start(
+            workers=2,
+            environ={"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "2000000", "WATCHDOG_PID": ""},
+        )
+        ready = manager.recv(1000)
+        assert ready.startswith(b"READY=1")
+        assert f"MAINPID={node.process.pid}".encode() in ready
+        assert manager.recv(1000) == b"WATCHDOG=1"
+        node.signal(signal.SIGTERM)
+        heard = b""
+        while not heard.startswith(b"STOPPING=1"):
+            heard = manager.recv(1000)
+        assert node.wait_exit() == 0
+
+
+def test_killing_any_child_at_any_time_refuses_nobody(start: Callable[..., Node]) -> None:
+    node = start(workers=2)
+    chance = random.Random(11)
+    resets = 0
+    for _ in range(20):
+        children = [pid for pid, title in node.family().items() if "master" not in title]
+        if children:
+            os.kill(chance.choice(children), signal.SIGKILL)
+        for _ in range(3):
+            client = node.connect()
+            try:
+                client.greet()
+            except (ConnectionError, IndexError):
+                resets += 1  # its worker had accepted it and died
+            client.close()
+    assert resets < 20
+    node.signal(signal.SIGTERM)
+    assert node.wait_exit() == 0
+    assert not node.family()

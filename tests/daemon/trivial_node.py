@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from proxyd.host.child import EXIT_CANNOT_BOOT, Birth, ChildSpec
 from proxyd.host.sockets import Listeners
+from proxyd.host.systemd import Notifier
 from proxyd.log import Log
 from proxyd.master.main import Master, MasterSpec
 from proxyd.shm.region import Region
@@ -157,6 +158,7 @@ def main() -> int:
         extra_children=(ChildSpec("extra", extra),) if options.get("extra") else (),
         drain_timeout_s=options.get("drain_timeout", 5.0),
         beat_timeout_s=options.get("beat_timeout", 10.0),
+        notifier=Notifier(os.environ),
     )
     return Master(spec, log).run()
 

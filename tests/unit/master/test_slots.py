@@ -37,6 +37,11 @@ def test_a_crash_loop_waits_twice_as_long_each_time_up_to_a_bound() -> None:
     assert delays[-1] == judge.BACKOFF_MAX_S
 
 
+def test_one_that_served_is_kept_waiting_less_long() -> None:
+    assert judge.decide_delay(0.1, 50, -9, has_served=True)[1] == judge.BACKOFF_SERVED_MAX_S
+    assert judge.decide_delay(0.1, 50, EXIT_CANNOT_BOOT, has_served=True)[1] == judge.BACKOFF_MAX_S
+
+
 def test_a_long_life_ends_the_crash_loop() -> None:
     assert judge.decide_delay(judge.YOUNG_S, 9, -11) == (0, 0.0)
 
