@@ -21,6 +21,7 @@ cdef extern from *:
     static inline uint64_t px_word_load(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
     static inline void px_word_store(uint64_t *p, uint64_t n) { __atomic_store_n(p, n, __ATOMIC_RELEASE); }
     static inline uint64_t px_word_add(uint64_t *p, uint64_t n) { return __atomic_add_fetch(p, n, __ATOMIC_ACQ_REL); }
+    static inline uint64_t px_word_sub(uint64_t *p, uint64_t n) { return __atomic_sub_fetch(p, n, __ATOMIC_ACQ_REL); }
     static inline uint64_t px_word_swap(uint64_t *p, uint64_t n) { return __atomic_exchange_n(p, n, __ATOMIC_ACQ_REL); }
     static inline int px_word_cas(uint64_t *p, uint64_t expected, uint64_t desired) {
         return __atomic_compare_exchange_n(p, &expected, desired, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
@@ -70,6 +71,7 @@ cdef extern from *:
     uint64_t px_word_load(const uint64_t *p) noexcept nogil
     void px_word_store(uint64_t *p, uint64_t n) noexcept nogil
     uint64_t px_word_add(uint64_t *p, uint64_t n) noexcept nogil
+    uint64_t px_word_sub(uint64_t *p, uint64_t n) noexcept nogil
     uint64_t px_word_swap(uint64_t *p, uint64_t n) noexcept nogil
     bint px_word_cas(uint64_t *p, uint64_t expected, uint64_t desired) noexcept nogil
     uint64_t px_hist_index(uint64_t ns) noexcept nogil

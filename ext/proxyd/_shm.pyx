@@ -120,11 +120,12 @@ cdef class Words(Cells):
         px_word_store(self._word(index), value)
 
     def add(self, Py_ssize_t index, uint64_t n):
-        """The new value. To subtract, add 2^64 - n: that is what `sub` does."""
+        """The new value."""
         return px_word_add(self._word(index), n)
 
     def sub(self, Py_ssize_t index, uint64_t n):
-        return px_word_add(self._word(index), <uint64_t> 0 - n)
+        """The new value; below zero it wraps, as all values here do."""
+        return px_word_sub(self._word(index), n)
 
     def swap(self, Py_ssize_t index, uint64_t value):
         """The value that was there before."""
