@@ -23,8 +23,8 @@ from proxyd._shm import HISTOGRAM_WORDS, Words
 MAGIC = 0x70726F7879643031  # "proxyd01": a reader of another layout must refuse it
 HEADER_BYTES = 64
 BEAT_BYTES = 64  # one cache line a slot: two workers' beats never share one
-REVOCATION_ENTRIES = 16_384  # all that are in force: a successor learns them from here; 4 MB, taken as it fills
-REVOCATION_ENTRY_BYTES = 256
+REVOCATION_ENTRIES = 16_384  # all that are in force: a successor learns them from here; 17 MB, taken as it fills
+REVOCATION_ENTRY_BYTES = 1088  # a jti of 256 characters, four bytes each, and the entry's head
 REVOCATION_BYTES = 64 + REVOCATION_ENTRIES * REVOCATION_ENTRY_BYTES
 
 SERIES_MAX = 2048  # per slot; half would not hold 256 tenants in every labelled family, twice only costs address space

@@ -72,7 +72,7 @@ class RevocationRing:
         return news
 
     def publish(self, entry: Revocation) -> int:
-        """The entry's number. Errors: ValueError for a value over 224 bytes, RevocationFull."""
+        """The entry's number. Errors: ValueError for a value over VALUE_MAX bytes, RevocationFull."""
         text = entry.value.encode()
         if not text or len(text) > VALUE_MAX:
             raise ValueError("value empty or too long")

@@ -16,6 +16,7 @@ import socket
 from dataclasses import dataclass
 
 from proxyd.access.admission import Admission
+from proxyd.access.revocations import RevocationsFull
 from proxyd.access.session import Sessions
 from proxyd.config.schema import Config
 from proxyd.config.secrets import Secrets
@@ -204,7 +205,10 @@ class WorkerServices:
 
     def _learn_revocations(self) -> None:
         for entry in self._ring.take():
-            self._revocations.revoke(entry.kind.name.lower(), entry.value, entry.at, entry.until)
+            try:
+                self._revocations.revoke(entry.kind.name.lower(), entry.value, entry.at, entry.until)
+            except (ValueError, RevocationsFull) as error:  # the ring is smaller, and admin has checked the value
+                self._log.error("revocation_lost", kind=entry.kind.name.lower(), detail=str(error))
         ended = self._relay.revoke(self._revocations.is_revoked)
         if ended:
             self._log.info("streams_revoked", streams=ended)

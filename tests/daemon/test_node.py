@@ -214,6 +214,8 @@ def test_a_revoked_user_loses_the_stream_and_the_token_on_every_worker(tmp_path:
         b'{"user": true}',
         b'{"tenant": ""}',
         b'{"tenant": 5}',
+        b'{"user": 1e3}',
+        b'{"user": [1]}',
         b'{"jti": null}',
         b'{"who": 1}',
         b'{"tenant": "' + b"x" * 400 + b'"}',

@@ -9,7 +9,7 @@ import pytest
 
 from proxyd.shm.beats import Beat, State
 from proxyd.shm.region import REVOCATION_ENTRIES, Region
-from proxyd.shm.revocations import Kind, Revocation, RevocationFull, RevocationRing
+from proxyd.shm.revocations import VALUE_MAX, Kind, Revocation, RevocationFull, RevocationRing
 
 
 def test_the_master_sees_a_childs_beat_and_its_silence() -> None:
@@ -77,7 +77,16 @@ def test_a_publisher_that_died_with_the_lock_does_not_stop_the_next() -> None:
     assert RevocationRing(region).take() == [Revocation(Kind.USER, "1", 1.0, 5.0)]
 
 
-@pytest.mark.parametrize("value", ["", "x" * 225])
+@pytest.mark.parametrize("value", ["", "x" * (VALUE_MAX + 1)])
 def test_a_value_that_does_not_fit_is_refused(value: str) -> None:
     with pytest.raises(ValueError):
         RevocationRing(Region.create(1)).publish(Revocation(Kind.USER, value, 1.0, 5.0))
+
+
+def test_the_longest_token_id_that_access_takes_fits() -> None:
+    from proxyd.access.token import MAX_JTI_CHARS
+
+    ring = RevocationRing(Region.create(1))
+    value = "\N{GRINNING FACE}" * MAX_JTI_CHARS
+    ring.publish(Revocation(Kind.JTI, value, 1.0, math.inf))
+    assert ring.take()[0].value == value
