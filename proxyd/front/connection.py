@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from proxyd.dialects.errors import error_body
+from proxyd.dialects.errors import error_body, is_anthropic
 from proxyd.errors import Refusal
 from proxyd.front import replies
 from proxyd.front.channel import Channel
@@ -90,8 +90,8 @@ class ClientConnection(Channel):
     def refuse(self, refusal: Refusal, extra: Headers | None = None) -> None:
         """Answers the request being served with an error in the shape of its route; `extra` are headers (CORS, say)."""
         if self.state is not State.CLOSED:
-            headers = replies.refusal_headers(refusal) + (extra or [])
-            self._answer(refusal.status, headers, self._error_body(refusal), refusal.close)
+            headers, body = self._error(refusal)
+            self._answer(refusal.status, headers + (extra or []), body, refusal.close)
 
     def begin_stream(self) -> int:
         """Gives the descriptor's readiness to the relay and returns it. ConnectionResetError: the client is gone."""
@@ -285,12 +285,15 @@ class ClientConnection(Channel):
         close = refusal.close or head is None or not self._reader.is_body_here()
         cors = self._door.cors(head.headers) if head is not None else []
         request_id = self.request_id
-        self._answer(refusal.status, replies.refusal_headers(refusal) + cors, self._error_body(refusal), close)
+        headers, body = self._error(refusal)
+        self._answer(refusal.status, headers + cors, body, close)
         self._door.record_refusal(self, head, refusal.status, request_id)
 
-    def _error_body(self, refusal: Refusal) -> bytes:
+    def _error(self, refusal: Refusal) -> tuple[Headers, bytes]:
+        """Headers and body of an error, where the route's SDKs look for its parts."""
         path = self._head.path if self._head is not None else ""
-        return error_body(path, refusal, self.request_id)
+        headers = replies.refusal_headers(refusal, anthropic_id=self.request_id if is_anthropic(path) else None)
+        return headers, error_body(path, refusal, self.request_id)
 
     def _answer(self, status: int, headers: Headers, body: bytes, close: bool) -> None:
         head = self._head

@@ -57,9 +57,11 @@ def json_headers() -> Headers:
     return [(b"content-type", b"application/json")]
 
 
-def refusal_headers(refusal: Refusal) -> Headers:
-    """Headers of an error of ours."""
+def refusal_headers(refusal: Refusal, anthropic_id: str | None = None) -> Headers:
+    """Headers of an error of ours. `anthropic_id`: the request's id, again under the name Anthropic's SDKs read."""
     extra = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in refusal.headers]
+    if anthropic_id is not None:
+        extra.append((b"request-id", anthropic_id.encode("ascii")))
     return json_headers() + extra
 
 

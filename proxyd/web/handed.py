@@ -106,6 +106,9 @@ class HandedRequestHandler(RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The transport is done with its descriptor, or the peer is gone."""
+        if self._messages and not self._request_in_progress and self._task_handler is not None:
+            # Parsed but not begun: start() would wake up to a request without the factory that super() takes away.
+            self._task_handler.cancel()
         super().connection_lost(exc)
         duplicate, self._duplicate = self._duplicate, None
         on_end, self._on_end = self._on_end, None
