@@ -46,8 +46,14 @@ class Book(Protocol):
         ttft_ms: int,
         duration_ms: int,
         upstream: str,
+        cached_tokens: int = 0,
+        reasoning_tokens: int = 0,
     ) -> None:
         """Its counts so far."""
+        ...
+
+    def flush(self) -> None:
+        """Makes what was entered so far safe from kill -9 now, not at the end of the loop turn. One write(2)."""
         ...
 
     def final(

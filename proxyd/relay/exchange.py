@@ -23,7 +23,7 @@ from proxyd.dialects.ask import Ask
 from proxyd.dialects.errors import error_event
 from proxyd.dialects.observer import Observer
 from proxyd.dialects.translate import Translator
-from proxyd.dialects.usage import estimate, settle
+from proxyd.dialects.usage import Tally, estimate, settle
 from proxyd.errors import UpstreamErrorKind
 from proxyd.front.connection import ClientConnection
 from proxyd.front.wheel import NEVER, NOT_PARKED, Wheel
@@ -144,6 +144,7 @@ class Stream:
         self._finish_observer(clean=True)
         if not self.transaction.is_finished and not self._sinking:
             self.transaction.move(Phase.ENDING)
+            self.transaction.secure(self._tally(exchange))
         if self._translator is not None:
             return self._translator.ending(True)
         return held
@@ -291,6 +292,11 @@ class Stream:
         completion = estimate(text_bytes) if usage.completion is None else usage.completion
         self.transaction.checkpoint(prompt, completion)
 
+    def _tally(self, exchange: Exchange) -> Tally:
+        """What to book, once the observer has finished."""
+        text_bytes = max(exchange.text_bytes, self._observer.text_bytes)
+        return settle(self._observer, self._ask, text_bytes, self.transaction.upstream_status < 400)
+
     def _settle(self) -> None:
         """The end: both descriptors leave the exchange, the client is kept or closed, the transaction is finished."""
         exchange = self._exchange
@@ -314,8 +320,7 @@ class Stream:
             answer = "completed"
         if transaction.upstream_status >= 400 and cause is Cause.COMPLETE:
             cause = Cause.REFUSED_BY_UPSTREAM
-        text_bytes = max(exchange.text_bytes, self._observer.text_bytes)
-        tally = settle(self._observer, self._ask, text_bytes, transaction.upstream_status < 400)
+        tally = self._tally(exchange)
         pipelined = exchange.pipelined
         if not self._sinking:
             if cause in (Cause.SLOW_CLIENT, Cause.CLIENT_GONE):

@@ -4,6 +4,7 @@ Owns: what is written where when a request ends, whatever ended it. Must not kno
 
     Transaction.begin()  -> intent in the spool, before any upstream is contacted
     .checkpoint(...)     -> counts so far, while it streams
+    .secure(tally)       -> the whole answer's counts, written before its last bytes are sent
     .finish(cause, ...)  -> final record, ticket settled or refunded, metrics, access log; later calls do nothing
 
 Invariant: after begin() there is exactly one finish(), or the process died and the spool's reader writes the row.
@@ -53,6 +54,7 @@ class Transaction:
         "peer",
         "phase",
         "prompt_estimate",
+        "request_bytes",
         "request_id",
         "reused",
         "route",
@@ -100,6 +102,7 @@ class Transaction:
         self.reused = False
         self.ttft_ms = 0
         self.events = 0
+        self.request_bytes = 0
         self.bytes_in = 0
         self.bytes_out = 0
         self._ticket = ticket
@@ -150,6 +153,22 @@ class Transaction:
             duration_ms=self._duration_ms(),
             upstream=self.upstream,
         )
+
+    def secure(self, tally: Tally) -> None:
+        """Writes the counts before the answer's last bytes leave: a client that has its end may take it for billed,
+        and a kill -9 between that send and the end of the turn would leave an estimate. Cost: one write(2)."""
+        self._book.checkpoint(
+            self._txn,
+            tally.prompt_tokens,
+            tally.completion_tokens,
+            attempts=self.attempts,
+            ttft_ms=self.ttft_ms,
+            duration_ms=self._duration_ms(),
+            upstream=self.upstream,
+            cached_tokens=tally.cached_tokens,
+            reasoning_tokens=tally.reasoning_tokens,
+        )
+        self._book.flush()
 
     def finish(self, cause: Cause, answer: str, tally: Tally, *, detail: str = "") -> None:
         """Ends the request. `answer`: completed, truncated or error, the dialect's word for the content."""
@@ -224,6 +243,7 @@ class Transaction:
             "ttft_ms": self.ttft_ms,
             "duration_ms": duration_ms,
             "events": self.events,
+            "request_bytes": self.request_bytes,
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
         }

@@ -46,10 +46,25 @@ class SpoolBook:
         ttft_ms: int,
         duration_ms: int,
         upstream: str,
+        cached_tokens: int = 0,
+        reasoning_tokens: int = 0,
     ) -> None:
         self._spool.checkpoint(
-            Checkpoint(txn, prompt_tokens, completion_tokens, 0, 0, attempts, ttft_ms, duration_ms, upstream)
+            Checkpoint(
+                txn,
+                prompt_tokens,
+                completion_tokens,
+                cached_tokens,
+                reasoning_tokens,
+                attempts,
+                ttft_ms,
+                duration_ms,
+                upstream,
+            )
         )
+
+    def flush(self) -> None:
+        self._spool.flush()
 
     def final(
         self,
