@@ -1,6 +1,7 @@
 /* The clients: N streams in groups, opened at a bounded pace; counts events, and how late and how evenly they come.
  *
- * Usage: client PORT TOKEN OPENS_PER_S LIFETIME_S GROUP... ; a GROUP is "n=2000 rate=20 bytes=250 burst=1 events=0".
+ * Usage: client PORT TOKEN OPENS_PER_S LIFETIME_S GROUP... ; a GROUP is "n=2000 rate=20 bytes=250 burst=1 events=0
+ * prompt=0" (prompt: so many bytes of text more in the message). The headers are those of openai-python.
  * Reads commands as lines: `mark` forgets what was measured, `report` prints it (one JSON line), `quit` or end of input ends.
  * Prints "ready OPEN FAILED" once every stream has had an event, has failed, or has ended.
  * Measures, per event that carries "bench_ns" (the upstream's clock is ours, it is one machine):
@@ -16,9 +17,11 @@
 #define DIGITS 19
 #define CARRY (KEY_LENGTH + DIGITS)
 #define GROUPS 8
+#define PROMPT_MAX 60000
 
 typedef struct {
-    char body[300], text[120];
+    char *request, text[120];
+    size_t request_bytes;
     int count, opened, started, failed, ended;
     uint64_t events, bytes;
     Histogram lag, gap, added, first, head;
@@ -66,28 +69,49 @@ static void over(Stream *stream, const char *why) {
 static void open_stream(Stream *stream) {
     struct epoll_event event = {.events = EPOLLIN | EPOLLOUT, .data.ptr = stream};
     struct linger at_once = {1, 0};
+    int buffer = 2 * PROMPT_MAX;
     stream->fd = dial(port);
     /* an RST at the end: no port waits in TIME_WAIT for the next round */
     setsockopt(stream->fd, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
+    setsockopt(stream->fd, SOL_SOCKET, SO_SNDBUF, &buffer, sizeof buffer);
     epoll_ctl(poller, EPOLL_CTL_ADD, stream->fd, &event);
     stream->group->opened++;
 }
 
 static void ask(Stream *stream) {
-    char request[2048];
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = stream};
-    int length = snprintf(request, sizeof request,
-                          "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nAuthorization: Bearer %s\r\n"
-                          "Content-Type: application/json\r\nAccept: text/event-stream\r\nUser-Agent: bench\r\n"
-                          "Content-Length: %zu\r\n\r\n%s",
-                          port, token, strlen(stream->group->body), stream->group->body);
+    Group *group = stream->group;
     stream->connected = 1;
     stream->asked = now_ns();
-    if (length >= (int)sizeof request || send(stream->fd, request, (size_t)length, MSG_NOSIGNAL) != length) {
+    if (send(stream->fd, group->request, group->request_bytes, MSG_NOSIGNAL) != (ssize_t)group->request_bytes) {
         over(stream, strerror(errno));
         return;
     }
     epoll_ctl(poller, EPOLL_CTL_MOD, stream->fd, &event);
+}
+
+/* The request of every stream of a group. The send buffer takes it whole (PROMPT_MAX). */
+static void compose(Group *group) {
+    size_t prompt = (size_t)option(group->text, "prompt", 0), room;
+    char *body, *at;
+    if (prompt > PROMPT_MAX) prompt = PROMPT_MAX;
+    room = prompt + 4096 + strlen(token);
+    body = must(malloc(room));
+    at = body + sprintf(body, "{\"model\":\"bench\",\"stream\":true,\"messages\":[{\"role\":\"user\",\"content\":\"bench %s ",
+                        group->text);
+    for (size_t i = 0; i < prompt; i++) *at++ = i % 6 == 5 ? ' ' : 'p';
+    strcpy(at, "\"}]}");
+    group->request = must(malloc(room));
+    group->request_bytes = (size_t)sprintf(
+        group->request,
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nAccept-Encoding: gzip, deflate\r\n"
+        "Connection: keep-alive\r\nAccept: application/json\r\nContent-Type: application/json\r\n"
+        "User-Agent: OpenAI/Python 3.52.0\r\nX-Stainless-Lang: python\r\nX-Stainless-Package-Version: 3.52.0\r\n"
+        "X-Stainless-OS: Linux\r\nX-Stainless-Arch: x64\r\nX-Stainless-Runtime: CPython\r\n"
+        "X-Stainless-Runtime-Version: 3.11.7\r\nAuthorization: Bearer %s\r\nX-Stainless-Async: false\r\n"
+        "x-stainless-retry-count: 0\r\nx-stainless-read-timeout: 600\r\nContent-Length: %zu\r\n\r\n%s",
+        port, token, strlen(body), body);
+    free(body);
 }
 
 static void on_event(Stream *stream, uint64_t stamp, uint64_t now) {
@@ -220,8 +244,7 @@ int main(int argc, char **argv) {
         Group *group = &groups[i];
         group->count = (int)option(argv[5 + i], "n", 1);
         snprintf(group->text, sizeof group->text, "%s", argv[5 + i]);
-        snprintf(group->body, sizeof group->body,
-                 "{\"model\":\"bench\",\"stream\":true,\"messages\":[{\"role\":\"user\",\"content\":\"bench %s\"}]}", group->text);
+        compose(group);
         total += group->count;
     }
     streams = must(calloc((size_t)total, sizeof *streams));

@@ -1,6 +1,6 @@
 """Memory of open streams: PSS of proxyd's worker with 5,000 of them over what it has idle, nginx's worker beside it.
 
-    python -m tests.bench.memory --streams 5000 [--rate 0.2] [--hold 10]
+    python -m tests.bench.memory --streams 5000 [--rate 0.2] [--hold 10] [--prompt BYTES]
 
 Idle is the worker as it is ready, before its first request; "warm" is the same worker after 100 streams came and went
 (modules loaded, arenas made). The figure is the strict one: (open - idle) / streams. Budget: 8 KB a stream.
@@ -15,14 +15,15 @@ import time
 
 from tests.bench.measure import host, pss_kb, table
 from tests.bench.targets import Target, start_nginx, start_proxyd
-from tests.bench.tools import BenchError, Client, Rig, rig
+from tests.bench.tools import BenchError, Client, Rig, option, rig
 
 BUDGET_KB = 8.0
 
 
-def hold_streams(made: Rig, target: Target, count: int, rate: float, hold_s: float) -> tuple[int, int]:
+def hold_streams(made: Rig, target: Target, group: str, hold_s: float) -> tuple[int, int]:
     """PSS in kB with all streams open: once the last has had an event, and the largest of the next hold_s seconds."""
-    client = Client(made, target.port, target.token, [f"n={count} rate={rate} bytes=250"])
+    client = Client(made, target.port, target.token, [group])
+    count = int(option(group, "n", 1))
     try:
         if client.wait_ready() < count:
             raise BenchError(f"{target.name}: streams failed; {client.started.tail()}")
@@ -41,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--streams", type=int, default=5000)
     parser.add_argument("--rate", type=float, default=0.2, help="events a second and stream")
     parser.add_argument("--hold", type=float, default=10, help="seconds the streams stay open")
+    parser.add_argument("--prompt", type=int, default=0, help="bytes of text more in every request, at most 60,000")
     options = parser.parse_args(argv)
+    group = f"n={options.streams} rate={options.rate} prompt={options.prompt}"
     rows = []
     with rig() as made:
         print(f"host: {host()}", flush=True)
@@ -50,10 +53,10 @@ def main(argv: list[str] | None = None) -> int:
             target = starter(made, upstream_port)
             time.sleep(1)
             idle = pss_kb(target.pid)
-            hold_streams(made, target, 100, 20, 1)
+            hold_streams(made, target, "n=100 rate=20", 1)
             time.sleep(2)
             warm = pss_kb(target.pid)
-            at_first, most = hold_streams(made, target, options.streams, options.rate, options.hold)
+            at_first, most = hold_streams(made, target, group, options.hold)
             time.sleep(5)
             after = pss_kb(target.pid)
             target.started.stop()

@@ -11,7 +11,7 @@
  */
 #include "common.h"
 
-#define IN_MAX 65536
+#define IN_MAX 98304
 #define KEY "\"bench_ns\":"
 #define DIGITS 19
 
