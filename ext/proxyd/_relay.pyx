@@ -16,10 +16,16 @@ Must not know: routes, providers, tokens, policy, logs. What happens to the stre
 
     upstream fd --recv--> | 32 | scratch: turn_bytes ... | 16 |  --send--> client fd
                            ^ room for our chunk header    ^ room for CRLF, and 0 CRLF CRLF
-    what send() did not take -> `pending` (malloc, only while there is some), drained by the writer callback
+    what send() did not take -> `pending` (malloc, only while there is some), drained when the client is writable
+
+Readiness comes from an epoll set of our own, which the loop watches as one descriptor. Two reasons. libuv ends a poll
+handle for good at the first EPOLLERR, after one last callback: a reset that comes together with data would be read as
+data and then never heard of again. And a loop callback costs a Python call and a context switch of contextvars per event,
+which here is a pointer in C.
 
 Invariants: at most one recv and one send per readiness; at most `buffer_bytes` pending, then the upstream is not read;
-spans of the splitter live until the end of the turn that made them; a closed exchange has no callback registered.
+spans of the splitter live until the end of the turn that made them; a closed exchange is in no epoll set, and lives until
+the batch of events that may still name it is over.
 Long because a turn crosses all of it, and C compilers do not inline across modules.
 The clock is read for one turn in sixteen, only to measure (proxyd_relay_lag_seconds); nothing is decided by it.
 """
@@ -27,7 +33,7 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.buffer cimport PyBUF_WRITABLE
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, errno
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove
 from posix.types cimport off_t
@@ -53,6 +59,21 @@ cdef extern from "<sys/socket.h>" nogil:
     int MSG_DONTWAIT
     int MSG_NOSIGNAL
 
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        void* ptr
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int flags)
+    int epoll_ctl(int epfd, int op, int fd, epoll_event* event)
+    int epoll_wait(int epfd, epoll_event* events, int most, int timeout)
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
+    uint32_t EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLERR, EPOLLHUP
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+
 cdef extern from *:
     """
     #include <limits.h>
@@ -73,14 +94,24 @@ cdef enum:
     CHUNKED = 1
     CLOSE = 2
     # phases of an exchange
+    UPSTREAM = 0
+    CLIENT = 1
+    BATCH = 128             # events of one turn of the loop; more would keep accepting and timers waiting
     RUNNING = 0
     ENDING = 1              # nothing more will be read; pending bytes still leave
     CLOSED = 2
 
 
 
+cdef struct Interest:
+    void* exchange
+    int side
+    int fd
+    uint32_t events
+
+
 cdef class Engine:
-    """What all exchanges of a worker share: the scratch buffer, the loop's readiness calls, counters, the coarse time.
+    """What all exchanges of a worker share: the scratch buffer, the epoll set, counters, the coarse time.
 
     turn_bytes: the most one exchange reads before the others get their turn. buffer_bytes: the most one exchange keeps
     for a client that does not read. `now_ms` is written by the worker's tick; exchanges stamp their last activity with it.
@@ -91,7 +122,10 @@ cdef class Engine:
     cdef Py_ssize_t high_mark
     cdef iovec* vectors
     cdef int vector_room
-    cdef object loop, add_reader, remove_reader, add_writer, remove_writer, call_soon
+    cdef object loop, call_soon
+    cdef int epfd
+    cdef bint dispatching
+    cdef list ended
     cdef object view
     cdef Counter events
     cdef Counter sent_bytes
@@ -103,6 +137,7 @@ cdef class Engine:
     def __cinit__(self):
         self.scratch = NULL
         self.vectors = NULL
+        self.epfd = -1
 
     def __init__(self, loop, Py_ssize_t turn_bytes, Py_ssize_t buffer_bytes, Counter events not None,
                  Counter sent_bytes not None, Counter stalls not None, Histogram lag not None):
@@ -117,12 +152,13 @@ cdef class Engine:
         if self.scratch == NULL or self.vectors == NULL:
             raise MemoryError()
         self.view = PyMemoryView_FromMemory(<char*> self.scratch + HEADROOM, self.turn_bytes, PyBUF_WRITABLE)
+        self.epfd = epoll_create1(EPOLL_CLOEXEC)
+        if self.epfd < 0:
+            raise OSError(errno, "epoll_create1")
+        self.ended = []
         self.loop = loop
-        self.add_reader = loop.add_reader
-        self.remove_reader = loop.remove_reader
-        self.add_writer = loop.add_writer
-        self.remove_writer = loop.remove_writer
         self.call_soon = loop.call_soon
+        loop.add_reader(self.epfd, self.on_ready)
         self.events = events
         self.sent_bytes = sent_bytes
         self.stalls = stalls
@@ -131,6 +167,49 @@ cdef class Engine:
     def __dealloc__(self):
         free(self.scratch)
         free(self.vectors)
+        if self.epfd >= 0:
+            close(self.epfd)
+
+    def close(self):
+        """Leaves the loop. Exchanges must be closed before."""
+        if self.loop is not None:
+            self.loop.remove_reader(self.epfd)
+            self.loop = None
+
+    def on_ready(self):
+        """The loop's one callback: one bounded batch of ready descriptors, each gets its turn."""
+        cdef epoll_event events[BATCH]
+        cdef Interest* interest
+        cdef int i
+        cdef int count = epoll_wait(self.epfd, events, BATCH, 0)
+        self.dispatching = True
+        try:
+            for i in range(count):
+                interest = <Interest*> events[i].data.ptr
+                if interest.events == 0:
+                    continue    # closed by an earlier event of this batch
+                if interest.side == UPSTREAM:
+                    (<Exchange> interest.exchange).on_upstream_readable()
+                else:
+                    (<Exchange> interest.exchange).on_client(events[i].events)
+        finally:
+            self.dispatching = False
+            if self.ended:
+                self.ended.clear()
+
+    cdef int watch(self, Interest* interest, uint32_t events) except -1:
+        """Registers, changes or removes what is waited for. 0 removes: the descriptor may be closed after that."""
+        cdef epoll_event event
+        cdef int op
+        if events == interest.events:
+            return 0
+        op = EPOLL_CTL_ADD if interest.events == 0 else EPOLL_CTL_DEL if events == 0 else EPOLL_CTL_MOD
+        event.events = events
+        event.data.ptr = interest
+        if epoll_ctl(self.epfd, op, interest.fd, &event) < 0 and op != EPOLL_CTL_DEL:
+            raise OSError(errno, "epoll_ctl")
+        interest.events = events
+        return 0
 
 
 cdef inline uint64_t monotonic_ns() noexcept nogil:
@@ -165,14 +244,12 @@ cdef class Exchange:
     cdef object tls
     cdef readonly Splitter splitter
     cdef readonly Unframer unframer
-    cdef int client_fd
-    cdef int upstream_fd
     cdef int out_kind
     cdef int phase
     cdef bint tap
-    cdef bint reading
-    cdef bint writing
-    cdef bint watching
+    cdef int epfd
+    cdef Interest upstream
+    cdef Interest client
     cdef bint first_seen
     cdef bint client_lost
     cdef int client_errno
@@ -198,8 +275,13 @@ cdef class Exchange:
                  uint64_t in_length, int out_kind, Splitter splitter, bint tap, Py_ssize_t pipeline_room):
         self.engine = engine
         self.owner = owner
-        self.client_fd = client_fd
-        self.upstream_fd = upstream_fd
+        self.epfd = engine.epfd
+        self.upstream.exchange = self.client.exchange = <void*> self
+        self.upstream.side = UPSTREAM
+        self.client.side = CLIENT
+        self.upstream.fd = upstream_fd
+        self.client.fd = client_fd
+        self.upstream.events = self.client.events = 0
         self.tls = tls
         self.unframer = Unframer(in_kind, in_length)
         self.out_kind = out_kind
@@ -212,6 +294,11 @@ cdef class Exchange:
         self.last_read_ms = self.last_write_ms = engine.now_ms
 
     def __dealloc__(self):
+        # Only after a bug of the owner's is anything registered here; the kernel must not keep a pointer to us even then.
+        if self.upstream.events:
+            epoll_ctl(self.epfd, EPOLL_CTL_DEL, self.upstream.fd, NULL)
+        if self.client.events:
+            epoll_ctl(self.epfd, EPOLL_CTL_DEL, self.client.fd, NULL)
         free(self.pending)
 
     # -- what the owner asks ------------------------------------------------------------------------------------
@@ -229,7 +316,7 @@ cdef class Exchange:
     @property
     def is_paused(self):
         """The upstream is not read because the client does not read."""
-        return self.phase == RUNNING and not self.reading
+        return self.phase == RUNNING and self.upstream.events == 0
 
     @property
     def events(self):
@@ -246,9 +333,8 @@ cdef class Exchange:
         cdef Engine engine = self.engine
         cdef Py_ssize_t at = 0, piece
         self.prefix = head
-        self.watching = True
-        engine.add_reader(self.client_fd, self.on_client_readable)
         try:
+            engine.watch(&self.client, EPOLLIN | EPOLLRDHUP)
             if self.unframer.state == WHOLE:
                 self.complete()
                 return
@@ -293,8 +379,7 @@ cdef class Exchange:
     def sink(self):
         """The client is gone but the upstream is read on, to its end: what comes is accounted and dropped."""
         self.stop_client()
-        self.client_fd = -1
-        if self.phase == RUNNING and not self.reading:
+        if self.phase == RUNNING and self.upstream.events == 0:
             self.set_reading()
 
     def close(self):
@@ -306,6 +391,8 @@ cdef class Exchange:
         self.stop_client()
         if self.splitter is not None:
             self.splitter.discard()
+        if self.engine.dispatching:
+            self.engine.ended.append(self)
         self.owner = None
         self.tls = None
 
@@ -323,7 +410,7 @@ cdef class Exchange:
             if self.tls is not None:
                 self.on_tls_readable()
                 return
-            size = recv(self.upstream_fd, engine.scratch + HEADROOM, engine.turn_bytes, MSG_DONTWAIT)
+            size = recv(self.upstream.fd, engine.scratch + HEADROOM, engine.turn_bytes, MSG_DONTWAIT)
             if size > 0:
                 engine.turns += 1
                 if engine.turns & 15 == 0:
@@ -355,20 +442,27 @@ cdef class Exchange:
             self.upstream_ended(0, "closed by upstream")
             return
         self.turn(size)
-        if self.phase == RUNNING and self.reading and self.tls.pending():
+        if self.phase == RUNNING and self.upstream.events and self.tls.pending():
             self.engine.call_soon(self.on_upstream_readable)
 
-    def on_client_writable(self):
+    cdef on_client(self, uint32_t events):
+        """Writable first: what was pending may be what the client waited for before it closed."""
+        if events & EPOLLOUT:
+            self.on_client_writable()
+        if events & (EPOLLIN | EPOLLRDHUP | EPOLLERR | EPOLLHUP):
+            self.on_client_readable(events)
+
+    cdef on_client_writable(self):
         """One send of what is pending."""
         cdef ssize_t size
         cdef Py_ssize_t want
         cdef int error
-        if self.phase == CLOSED or self.client_fd < 0:
+        if self.phase == CLOSED or self.client.fd < 0:
             return
         try:
             if self.pending_size:
                 want = self.pending_size
-                size = send(self.client_fd, self.pending + self.pending_at, want, MSG_DONTWAIT | MSG_NOSIGNAL)
+                size = send(self.client.fd, self.pending + self.pending_at, want, MSG_DONTWAIT | MSG_NOSIGNAL)
                 if size < 0:
                     error = errno
                     if error == EAGAIN or error == EINTR:
@@ -381,28 +475,30 @@ cdef class Exchange:
                 self.last_write_ms = self.engine.now_ms
             if self.pending_size == 0:
                 self.drop_pending()
-                if self.writing:
-                    self.writing = False
-                    self.engine.remove_writer(self.client_fd)
+                self.engine.watch(&self.client, self.client.events & ~EPOLLOUT)
                 self.check_drained()
-            if self.phase == RUNNING and not self.reading and self.pending_size <= self.engine.high_mark // 2:
+            if self.phase == RUNNING and self.upstream.events == 0 and self.pending_size <= self.engine.high_mark // 2:
                 self.set_reading()
         except Exception as failure:
             self.fail(failure)
 
-    def on_client_readable(self):
+    cdef on_client_readable(self, uint32_t events):
         """The client closed, or pipelines its next request: that is kept, up to a bound, and then not read any more."""
         cdef ssize_t size
         cdef int error
-        if self.phase == CLOSED or self.client_fd < 0:
+        if self.phase == CLOSED or self.client.fd < 0:
             return
         try:
-            size = recv(self.client_fd, self.engine.scratch + HEADROOM, min(self.engine.turn_bytes, 16384), MSG_DONTWAIT)
+            if not self.client.events & EPOLLIN:
+                # The pipeline is full: the end is all we still look for.
+                self.lose_client(0, 0)
+                self.check_client()
+                return
+            size = recv(self.client.fd, self.engine.scratch + HEADROOM, min(self.engine.turn_bytes, 16384), MSG_DONTWAIT)
             if size > 0:
                 self.pipelined += PyBytes_FromStringAndSize(<char*> self.engine.scratch + HEADROOM, size)
-                if len(self.pipelined) >= self.pipeline_room and self.watching:
-                    self.watching = False
-                    self.engine.remove_reader(self.client_fd)
+                if len(self.pipelined) >= self.pipeline_room:
+                    self.engine.watch(&self.client, self.client.events & ~EPOLLIN)
                 return
             error = 0
             if size < 0:
@@ -463,7 +559,7 @@ cdef class Exchange:
         if last:
             self.finish_turn(payload, length)
         self.check_client()
-        if self.phase == RUNNING and self.reading and self.pending_size > engine.high_mark:
+        if self.phase == RUNNING and self.upstream.events and self.pending_size > engine.high_mark:
             self.stop_reading()
             self.stalls += 1
             engine.stalls.add_n(1)
@@ -523,7 +619,7 @@ cdef class Exchange:
         cdef unsigned char* at
         cdef unsigned char header[HEADROOM]
         cdef msghdr message
-        if self.client_fd < 0 or self.client_lost:
+        if self.client.fd < 0 or self.client_lost:
             self.prefix = b""
             return 0
         for i in range(count):
@@ -546,7 +642,7 @@ cdef class Exchange:
                 if last:
                     memcpy(at + wanted, b"0\r\n\r\n", 5)
                     wanted += 5
-            sent = send(self.client_fd, at, wanted, MSG_DONTWAIT | MSG_NOSIGNAL)
+            sent = send(self.client.fd, at, wanted, MSG_DONTWAIT | MSG_NOSIGNAL)
             if sent < 0:
                 error = errno
                 if error != EAGAIN and error != EINTR:
@@ -591,7 +687,7 @@ cdef class Exchange:
             return 0
         if self.pending_size == 0:
             px_message(&message, vectors, used)
-            sent = sendmsg(self.client_fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+            sent = sendmsg(self.client.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
             if sent < 0:
                 error = errno
                 if error != EAGAIN and error != EINTR:
@@ -626,10 +722,9 @@ cdef class Exchange:
             self.pending_room = room
         memcpy(self.pending + self.pending_at + self.pending_size, start, size)
         self.pending_size += size
-        if not self.writing:
-            self.writing = True
+        if not self.client.events & EPOLLOUT:
             self.last_write_ms = self.engine.now_ms
-            self.engine.add_writer(self.client_fd, self.on_client_writable)
+            self.engine.watch(&self.client, self.client.events | EPOLLOUT)
         return 0
 
     cdef void drop_pending(self) noexcept:
@@ -640,29 +735,21 @@ cdef class Exchange:
     # -- ends ---------------------------------------------------------------------------------------------------
 
     cdef set_reading(self):
-        self.reading = True
         self.last_read_ms = self.engine.now_ms
-        self.engine.add_reader(self.upstream_fd, self.on_upstream_readable)
+        self.engine.watch(&self.upstream, EPOLLIN)
         if self.tls is not None and self.tls.pending():
             self.engine.call_soon(self.on_upstream_readable)
 
     cdef stop_reading(self):
-        if self.reading:
-            self.reading = False
-            self.engine.remove_reader(self.upstream_fd)
+        self.engine.watch(&self.upstream, 0)
 
     cdef stop_upstream(self):
         self.stop_reading()
-        self.upstream_fd = -1
+        self.upstream.fd = -1
 
     cdef stop_client(self):
-        if self.client_fd >= 0:
-            if self.watching:
-                self.watching = False
-                self.engine.remove_reader(self.client_fd)
-            if self.writing:
-                self.writing = False
-                self.engine.remove_writer(self.client_fd)
+        self.engine.watch(&self.client, 0)
+        self.client.fd = -1
         self.drop_pending()
 
     cdef lose_client(self, int error, Py_ssize_t unsent):
@@ -673,9 +760,8 @@ cdef class Exchange:
 
     cdef check_client(self):
         """Tells the owner of a lost client, once, when the turn that noticed it is over."""
-        if self.client_lost and self.client_fd >= 0 and self.phase != CLOSED:
+        if self.client_lost and self.client.fd >= 0 and self.phase != CLOSED:
             self.stop_client()
-            self.client_fd = -1
             self.owner.on_client_gone(self.client_errno)
 
     cdef check_drained(self):

@@ -119,6 +119,13 @@ class Channel:
         else:
             self._owner.loop.remove_reader(self.fd)
 
+    def _watch_anew(self) -> None:
+        """Registers again. libuv ends a poll handle at the first EPOLLERR, after one last callback: a reset that came
+        together with the request was read as the request, and nobody would hear of it while the request is served."""
+        if self._reading:
+            self._watch(False)
+            self._watch(True)
+
     def _on_readable(self) -> None:
         sock = self.sock
         if sock is None:

@@ -132,12 +132,9 @@ class ClientConnection(Channel):
             sock.close()
             return
         self.sock, self.fd = sock, sock.fileno()
-        if not self.may_keep_alive:
-            self._close()
-            return
         if kept:
             self._reader.feed(kept)
-        self._go_idle()
+        self._on_written()
 
     def handover_ended(self) -> None:
         """The handed connection ended elsewhere."""
@@ -273,6 +270,8 @@ class ClientConnection(Channel):
                 door.record_refusal(self, head, 500, request.request_id)
             else:
                 self._close()
+        if self.state is State.SERVING:
+            self._watch_anew()
 
     # -- answering -----------------------------------------------------------------------------------------------
 

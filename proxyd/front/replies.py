@@ -76,20 +76,25 @@ def reply_bytes(
     date: bytes = b"",
     head_only: bool = False,
 ) -> bytes:
-    """One complete answer. `headers` bring neither framing, connection nor ids (such fields in them are dropped)."""
+    """One complete answer. `headers` bring neither framing, connection nor ids (such fields in them are dropped).
+
+    `date` is added unless `headers`, an upstream's perhaps, have one: a Date is single (RFC 9110 section 6.6.1).
+    """
     ours = request_id.encode("ascii")
     lines = [_status_line(status, b"")]
     upstream_id = False
+    is_dated = not date
     for name, value in headers:
         lowered = name.lower()
         if lowered in HOP_BY_HOP or lowered in OURS:
             continue
         upstream_id = upstream_id or lowered == b"x-request-id"
+        is_dated = is_dated or lowered == b"date"
         lines.append(b"%b: %b\r\n" % (name, value))
     lines.append(b"x-proxyd-request-id: %b\r\n" % ours)
     if not upstream_id:
         lines.append(b"x-request-id: %b\r\n" % ours)
-    if date:
+    if not is_dated:
         lines.append(b"date: %b\r\n" % date)
     _add_framing(lines, "none" if status in (204, 304) or status < 200 else len(body))
     _add_connection(lines, version, keep_alive)

@@ -48,7 +48,7 @@ EDGES: dict[State, frozenset[State]] = {
     State.SERVING: frozenset((State.REPLYING, State.STREAMING, State.HANDED, State.CLOSED)),
     State.REPLYING: frozenset((State.IDLE, State.LINGERING, State.CLOSED)),
     State.STREAMING: frozenset((State.IDLE, State.LINGERING, State.CLOSED)),
-    State.HANDED: frozenset((State.IDLE, State.CLOSED)),
+    State.HANDED: frozenset((State.IDLE, State.LINGERING, State.CLOSED)),
     State.LINGERING: frozenset((State.CLOSED,)),
     State.CLOSED: frozenset((State.CLOSED,)),
 }

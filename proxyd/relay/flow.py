@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from proxyd._frame import BODY_CLOSE, Unframer
 from proxyd._relay import Engine
 from proxyd.config.schema import ModelConfig
 from proxyd.dialects.ask import Ask, Outgoing
@@ -32,23 +31,19 @@ from proxyd.front.wheel import Wheel
 from proxyd.ids import new_epoch
 from proxyd.log import Log
 from proxyd.relay.answer import Answer, Way, cause_of, decide_way, fails_over, refusal_of
+from proxyd.relay.attempt import Patience, collect_body, read_head, send_request
 from proxyd.relay.deadlines import Limits
 from proxyd.relay.delivery import Asker, begin_stream, reply_whole
 from proxyd.relay.exchange import Stream
 from proxyd.relay.outcome import NOTHING_SPENT, Transaction
 from proxyd.relay.states import Cause, Phase
-from proxyd.relay.tap import MAX_BODY_BYTES
-from proxyd.relay.upstream_head import request_head
 from proxyd.upstream.connection import Connection
 from proxyd.upstream.origin import Origin
 from proxyd.upstream.upstreams import Upstreams
-from proxyd.wire.head import HeadError, Headers, find_head_end, parse_response_head
+from proxyd.wire.head import Headers
 
 __all__ = ["Call", "Services"]
 
-# Providers send 1 to 2 KB of head. Half would refuse Azure's with long policies; twice lets a broken one eat memory.
-MAX_ANSWER_HEAD_BYTES = 64 * 1024
-READ_BYTES = 16 * 1024
 # A dial has connect_timeout for itself; waiting a little longer lets its own, more exact error come first.
 QUEUE_GRACE_S = 0.1
 
@@ -205,8 +200,10 @@ class Call:
         assert outgoing is not None
         if not outgoing.injected or answer.head.status not in (400, 422):
             return answer
+        connection = self._connection
+        assert connection is not None
         self.transaction.move(Phase.COLLECTING)
-        body = await self._collect(answer)
+        body = await self._collect(connection, answer)
         if not is_usage_rejection(answer.head.status, body):
             return Answer(answer.head, body)
         self._services.no_injection.add(key)
@@ -226,8 +223,7 @@ class Call:
             self._connection = connection
             transaction.reused = connection.reused
             try:
-                await self._send(origin, connection, inject)
-                return await self._read_head(origin, connection)
+                return await self._exchange(connection, inject)
             except UpstreamError as error:
                 gave_nothing = error.kind in (UpstreamErrorKind.RESET, UpstreamErrorKind.EOF_BEFORE_HEAD)
                 if fresh or not connection.reused or not gave_nothing:
@@ -235,63 +231,22 @@ class Call:
                 self._close_upstream()
                 fresh = True
 
-    async def _send(self, origin: Origin, connection: Connection, inject: bool) -> None:
-        transaction, ask = self.transaction, self._ask
-        outgoing = build(ask, connection.origin.dialect, self._upstream_model(), inject)
-        self._outgoing = outgoing
-        path = outgoing.path
-        if self._query and not outgoing.translate:
-            path += "?" + self._query.decode("latin-1")
-        head = request_head(
-            origin.target(path),
-            origin.host_header,
-            origin.auth_headers(),
-            self._headers,
-            len(outgoing.body),
-            request_id=transaction.request_id,
-            dialect=origin.dialect,
-            translate=outgoing.translate,
-        )
+    async def _exchange(self, connection: Connection, inject: bool) -> Answer:
+        """Sends the request on this connection and reads the head of its answer."""
+        transaction = self.transaction
+        patience = self._patience(connection.origin)
+        outgoing = self._outgoing = build(self._ask, connection.origin.dialect, self._upstream_model(), inject)
         transaction.move(Phase.SENDING)
         self._sent = True
-        try:
-            await connection.send(head + outgoing.body, origin.config.first_byte_timeout)
-        except UpstreamError as error:
-            # An upstream may refuse before it has read everything: its answer, if there is one, is what counts.
-            if error.kind is not UpstreamErrorKind.RESET or not connection.pending():
-                raise
+        await send_request(connection, outgoing, self._headers, self._query, transaction.request_id, patience)
+        transaction.move(Phase.AWAITING)
+        answer = await read_head(connection, patience)
+        transaction.upstream_status = answer.head.status
+        return answer
 
-    async def _read_head(self, origin: Origin, connection: Connection) -> Answer:
-        """The final head, 1xx skipped. Raises UpstreamError."""
-        self.transaction.move(Phase.AWAITING)
-        data = b""
-        searched = 0
-        timeout_s = origin.config.first_byte_timeout
-        while True:
-            more = await connection.recv(READ_BYTES, timeout_s)
-            timeout_s = origin.config.idle_timeout
-            if not more:
-                kind = UpstreamErrorKind.BAD_HEAD if data else UpstreamErrorKind.EOF_BEFORE_HEAD
-                raise UpstreamError(kind, origin.name, "closed within the head" if data else "", sent=True)
-            data += more
-            while True:
-                end = find_head_end(data, max(0, searched - 3))
-                if end < 0:
-                    searched = len(data)
-                    break
-                try:
-                    head = parse_response_head(data[:end])
-                except HeadError as error:
-                    raise UpstreamError(UpstreamErrorKind.BAD_HEAD, origin.name, error.reason, sent=True) from None
-                data = data[end:]
-                searched = 0
-                if head.status >= 200:
-                    self.transaction.upstream_status = head.status
-                    return Answer(head, data)
-            if len(data) > MAX_ANSWER_HEAD_BYTES:
-                raise UpstreamError(UpstreamErrorKind.BAD_HEAD, origin.name, "head too large", sent=True)
-            if searched == 0 and data and not b"HTTP/".startswith(data[:5]) and not data.startswith(b"HTTP/"):
-                raise UpstreamError(UpstreamErrorKind.BAD_HEAD, origin.name, "not HTTP", sent=True)
+    def _patience(self, origin: Origin) -> Patience:
+        until = self.transaction.started + origin.config.total_timeout
+        return Patience(self._services.monotonic, until, origin.name)
 
     def _upstream_model(self) -> str:
         """The name to ask the upstream for; "" keeps the client's."""
@@ -325,7 +280,7 @@ class Call:
         way = decide_way(answer, asks_stream=self._ask.stream, translate=outgoing.translate, injected=outgoing.injected)
         if way is Way.COLLECT:
             transaction.move(Phase.COLLECTING)
-            reply_whole(asker, answer, await self._collect(answer), observer)
+            reply_whole(asker, answer, await self._collect(connection, answer), observer)
         elif way is Way.UNREADABLE:
             raise UpstreamError(UpstreamErrorKind.BAD_HEAD, origin.name, "neither events nor JSON", sent=True)
         else:
@@ -345,34 +300,11 @@ class Call:
             services.on_streaming(self, stream)
             stream.start(exchange, head, answer.initial + connection.take_early())
 
-    async def _collect(self, answer: Answer) -> bytes:
-        """The whole body; the connection goes back to its pool. Raises UpstreamError, also for one over the bound."""
-        connection, origin = self._connection, self._origin
-        assert connection is not None
-        assert origin is not None
-        kind = answer.body_kind
-        if kind is None:
-            return b""
-        unframer = Unframer(kind, answer.head.content_length or 0)
-        body = bytearray()
-        data = answer.initial
-        try:
-            while True:
-                if data:
-                    body += unframer.feed(data)
-                if unframer.done:
-                    break
-                if len(body) > MAX_BODY_BYTES:
-                    raise UpstreamError(UpstreamErrorKind.BROKEN_BODY, origin.name, "body too large", sent=True)
-                data = await connection.recv(READ_BYTES, origin.config.idle_timeout)
-                if not data:
-                    if kind == BODY_CLOSE:
-                        break
-                    raise UpstreamError(UpstreamErrorKind.BROKEN_BODY, origin.name, "closed within the body", sent=True)
-        except ValueError:
-            raise UpstreamError(UpstreamErrorKind.BROKEN_BODY, origin.name, "bad framing", sent=True) from None
-        self._release_upstream(answer, whole=unframer.done and unframer.leftover == 0)
-        return bytes(body)
+    async def _collect(self, connection: Connection, answer: Answer) -> bytes:
+        """The whole body; the connection goes back to its pool. Raises UpstreamError."""
+        body, ended = await collect_body(connection, answer, self._patience(connection.origin))
+        self._release_upstream(answer, whole=ended)
+        return body
 
     # -- ends ----------------------------------------------------------------------------------------------------
 

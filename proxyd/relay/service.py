@@ -204,7 +204,7 @@ class Relay:
             log=self.log,
             on_finished=self._on_finished,
         )
-        transaction.bytes_in = len(request.body)
+        transaction.request_bytes = len(request.body)
         transaction.begin()
         self.upstreams.retries.begin()
         call = Call(self, client, request, ask, model, cors, transaction)

@@ -106,7 +106,7 @@ def unescaped_length(raw: bytes) -> int:
 
 
 def members(data: bytes, most: int = 1001) -> list[tuple[int, int, int, int]]:
-    """At most `most` spans (key_start, key_end, value_start, value_end) of a validated JSON object's own members, in order.
+    """At most `most` spans (key_start, key_end, value_start, value_end): a validated JSON object's members, in order.
 
     The key's span leaves out its quotes, the value's is its exact text. Not an object: []. On text that is not valid
     JSON the spans mean nothing, yet lie inside `data`.

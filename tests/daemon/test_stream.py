@@ -6,6 +6,8 @@ One file, long because each test is one sentence of the contract about that path
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -201,6 +203,21 @@ def test_a_client_that_leaves_while_the_head_is_awaited_stops_the_upstream(upstr
         wait_for(lambda: closed)
         (row,) = daemon.wait_rows(1)
         assert (row["status"], row["estimated"], row["completion_tokens"]) == ("client_aborted", 1, 0)
+
+
+def test_a_client_that_resets_right_behind_its_request_is_noticed(upstream: Make, tmp_path: Path) -> None:
+    closed: list[float] = []
+    up = upstream(lambda wire: closed.append(wire.wait_closed()))
+    with node(tmp_path, up) as daemon:
+        os.kill(daemon.child("worker"), signal.SIGSTOP)
+        sock = daemon.connect()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        sock.sendall(request_bytes("/v1/chat/completions", CHAT, daemon.token()))
+        sock.close()
+        os.kill(daemon.child("worker"), signal.SIGCONT)
+        (row,) = daemon.wait_rows(1)
+        assert row["status"] == "client_aborted"
+        wait_for(lambda: len(closed) == len(up.requests))
 
 
 def test_a_client_that_leaves_while_queued_for_a_connection_is_one_row(upstream: Make, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from proxyd.front.replies import Framing, http_date, relay_head, reply_bytes
+from proxyd.errors import Refusal
+from proxyd.front.replies import Framing, http_date, refusal_headers, relay_head, reply_bytes
 from proxyd.wire.head import Headers, Version, parse_response_head
 
 
@@ -147,3 +148,18 @@ def test_a_complete_reply_has_the_body_its_status_and_method_allow(status: int, 
     assert values(headers, b"content-length") == ([] if status in (204, 304) else [b"5"])
     assert values(headers, b"date") == [b"Thu, 01 Jan 1970 00:00:00 GMT"]
     assert values(headers, b"x-proxyd-request-id") == values(headers, b"x-request-id") == [b"r"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "dates"),
+    [([], [http_date(0)]), ([(b"date", b"Fri, 20 Nov 2026 00:00:00 GMT")], [b"Fri, 20 Nov 2026 00:00:00 GMT"])],
+)
+def test_a_complete_reply_is_dated_once_by_the_upstream_where_it_did(headers: Headers, dates: list[bytes]) -> None:
+    data = reply_bytes(400, headers, b"{}", request_id="r", version=(1, 1), keep_alive=True, date=http_date(0))
+    assert values(parse_response_head(data[:-2]).headers, b"date") == dates
+
+
+def test_a_refusal_carries_its_id_under_anthropics_name_on_anthropics_routes_only() -> None:
+    refusal = Refusal(403, "invalid_token", "no")
+    assert (b"request-id", b"abc") in refusal_headers(refusal, "abc")
+    assert all(name != b"request-id" for name, _ in refusal_headers(refusal))

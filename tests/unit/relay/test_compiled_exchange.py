@@ -18,11 +18,10 @@ from proxyd.wire.framing import Dechunker, FramingError, encode_chunk
 
 
 class Loop:
-    """Readiness by hand: `turn()` runs each registered callback whose descriptor is ready, once."""
+    """What the engine asks of a loop; readiness is turned by hand."""
 
     def __init__(self) -> None:
         self.readers: dict[int, Callable[[], None]] = {}
-        self.writers: dict[int, Callable[[], None]] = {}
         self.soon: list[Callable[[], None]] = []
 
     def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
@@ -30,12 +29,6 @@ class Loop:
 
     def remove_reader(self, fd: int) -> None:
         del self.readers[fd]
-
-    def add_writer(self, fd: int, callback: Callable[[], None]) -> None:
-        self.writers[fd] = callback
-
-    def remove_writer(self, fd: int) -> None:
-        del self.writers[fd]
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         self.soon.append(callback)
@@ -123,8 +116,8 @@ class Rig:
         )
 
     def turn(self) -> None:
-        """One readiness of the upstream."""
-        self.exchange.on_upstream_readable()
+        """One batch of ready descriptors."""
+        self.engine.on_ready()
 
     def taken(self) -> bytes:
         data = b""
@@ -192,7 +185,6 @@ def test_the_last_bytes_and_the_end_mark_leave_together_and_the_owner_hears_once
     r.turn()
     assert r.taken() == encode_chunk(EVENT + b"more") + b"0\r\n\r\n"
     assert [told for told in r.owner.told if told != "first"] == [("complete", 0), "drained"]
-    assert not r.loop.writers
 
 
 def test_bytes_behind_the_end_are_counted_so_that_the_connection_is_not_reused(rig: Callable[..., Rig]) -> None:
@@ -253,11 +245,9 @@ def test_what_the_client_does_not_take_is_kept_and_then_the_upstream_is_not_read
     got = b""
     while len(got) < len(sent):
         got += r.taken()
-        for callback in list(r.loop.writers.values()):
-            callback()
+        r.turn()
     assert got == sent
     assert not r.exchange.is_paused
-    assert not r.loop.writers
 
 
 def test_a_pushed_comment_is_a_chunk_of_its_own_and_impossible_under_a_length(rig: Callable[..., Rig]) -> None:
@@ -278,26 +268,82 @@ def test_an_unfinished_event_is_held_so_that_the_client_is_always_at_a_boundary(
     assert r.exchange.at_boundary
 
 
-def test_a_client_that_closes_is_told_once_and_nothing_stays_registered(rig: Callable[..., Rig]) -> None:
+def test_a_client_that_closes_is_told_once_and_nothing_comes_after_close(rig: Callable[..., Rig]) -> None:
     r = rig(splitter=Splitter(lambda *_: None))
     r.exchange.start(b"", b"")
     r.client.close()
-    r.exchange.on_client_readable()
+    r.turn()
+    r.turn()
     assert r.owner.told == ["gone"]
     r.exchange.close()
-    assert not r.loop.readers
-    assert not r.loop.writers
+    r.upstream.send(encode_chunk(EVENT))
+    r.turn()
+    assert r.owner.told == ["gone"]
 
 
-def test_pipelined_bytes_are_kept_up_to_the_bound_and_then_not_read(rig: Callable[..., Rig]) -> None:
+def test_pipelined_bytes_are_kept_up_to_the_bound_and_an_end_behind_them_is_still_seen(
+    rig: Callable[..., Rig],
+) -> None:
     r = rig(splitter=Splitter(lambda *_: None))
     r.exchange.start(b"", b"")
     r.client.send(b"GET / HTTP/1.1\r\n")
-    r.exchange.on_client_readable()
+    r.turn()
     assert r.exchange.pipelined == b"GET / HTTP/1.1\r\n"
-    r.client.send(b"x" * 8000)
-    r.exchange.on_client_readable()
-    assert len(r.loop.readers) == 1  # the upstream's
+    r.client.send(b"x" * 5000)
+    r.turn()
+    r.client.send(b"y" * 5000)
+    r.turn()
+    assert len(r.exchange.pipelined) == 5016
+    assert r.owner.told == []
+    r.client.close()
+    r.turn()
+    assert r.owner.told == ["gone"]
+
+
+def test_a_reset_that_comes_with_data_is_seen_after_the_data(rig: Callable[..., Rig]) -> None:
+    r = rig(splitter=Splitter(lambda *_: None))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        theirs, _ = server.accept()
+    ours.setblocking(False)
+    exchange = Exchange(
+        r.engine, r.owner, r._keep[0].fileno(), ours.fileno(), None, BODY_CHUNKED, 0, BODY_CHUNKED, None, False, 4096
+    )
+    exchange.start(b"", b"")
+    theirs.send(encode_chunk(EVENT))
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    theirs.close()
+    for _ in range(10):
+        r.turn()
+    assert dechunked(r.taken())[0] == EVENT
+    assert r.owner.told == ["first", "broken", "drained"]
+    exchange.close()
+    ours.close()
+
+
+def test_an_exchange_closed_by_an_earlier_event_of_the_same_batch_gets_none_itself(rig: Callable[..., Rig]) -> None:
+    r = rig(splitter=Splitter(lambda *_: None))
+    others = []
+    for _ in range(8):
+        pairs = (*socket.socketpair(), *socket.socketpair())
+        one = Exchange(
+            r.engine, r.owner, pairs[0].fileno(), pairs[2].fileno(), None, BODY_CLOSE, 0, BODY_CLOSE, None, False, 64
+        )
+        one.start(b"", b"")
+        pairs[3].send(encode_chunk(EVENT))
+        others.append((one, pairs))
+
+    def close_all() -> None:
+        while others:
+            one, pairs = others.pop()
+            one.close()
+            for sock in pairs:
+                sock.close()
+
+    r.owner.on_first = close_all  # type: ignore[method-assign]
+    r.turn()
+    r.turn()
+    assert not others
 
 
 def test_a_raising_callback_reaches_the_owner_and_not_the_loop(rig: Callable[..., Rig]) -> None:
