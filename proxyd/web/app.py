@@ -60,6 +60,9 @@ class WebContext:
     page_cookie: str = ""
 
 
+# What is still being answered when the worker ends had the whole drain already; aiohttp's own default is a minute.
+STOP_S = 1.0
+
 _CONTEXT: web.AppKey[WebContext] = web.AppKey("context", WebContext)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -98,7 +101,9 @@ class WebServer:
     async def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Readies the application."""
         self._loop = loop
-        self._runner = web.AppRunner(make_app(self._context), handle_signals=False, access_log=None)
+        self._runner = web.AppRunner(
+            make_app(self._context), handle_signals=False, access_log=None, shutdown_timeout=STOP_S
+        )
         await self._runner.setup()
 
     async def stop(self) -> None:

@@ -90,13 +90,14 @@ class House:
         self.clock = FakeClock()
         self.wheel = Wheel(self.clock.monotonic())
         self.records: list[Answered] = []
+        self.on_readyz: Callable[[], None] = lambda: None
         self.loop = asyncio.get_running_loop()
         self._sink = open("/dev/null", "wb")  # noqa: SIM115 - closed with the house
         self.log = Log(access="off", process="test", events=Sink(self._sink.fileno()))
         self.web = WebServer(
             WebContext(
                 models=(),
-                readiness=lambda: Readiness(False, "draining", 7),
+                readiness=self._readiness,
                 authorise=lambda request: [],
                 record=self.records.append,
                 log=self.log,
@@ -122,6 +123,10 @@ class House:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.acceptor = Acceptor(self.loop, [self.listener], self.door.accept, self.log)
         self.clients: list[Client] = []
+
+    def _readiness(self) -> Readiness:
+        self.on_readyz()
+        return Readiness(False, "draining", 7)
 
     async def connect(self, receive_buffer: int = 0) -> Client:
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)

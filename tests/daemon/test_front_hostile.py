@@ -531,6 +531,18 @@ async def test_draining_closes_idle_connections_and_lets_the_others_have_their_a
 
 
 @on_uvloop
+async def test_a_web_request_that_is_answered_while_draining_is_its_connections_last() -> None:
+    async with house() as home:
+        client = await home.connect()
+        home.on_readyz = home.door.drain
+        client.send(b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await client.answer())[0] == 503
+        assert await client.rest() == b""
+        client.close()
+        await home.until(lambda: not home.door.connections)
+
+
+@on_uvloop
 async def test_without_descriptors_a_client_is_told_and_accepting_goes_on_later() -> None:
     class Starved:
         """A listener that the kernel refuses once."""

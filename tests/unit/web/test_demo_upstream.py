@@ -90,7 +90,7 @@ def test_responses_events_are_numbered_without_gaps() -> None:
 
 @pytest.mark.parametrize(
     "document",
-    [{}, {"messages": "x"}, {"messages": [1, None]}, {"input": {"a": 1}}, {"messages": [{"content": [{"text": 1}, 3]}]}],
+    [{}, {"messages": "x"}, {"messages": [1, None]}, {"input": {"a": 1}}, {"messages": [{"content": [{"text": 1}]}]}],
 )
 def test_an_odd_question_is_answered_too(document: dict[str, Any]) -> None:
     assert answers.read_question(document).text
