@@ -30,11 +30,7 @@ from proxyd.wire.head import Headers, RequestHead
 if TYPE_CHECKING:
     from proxyd.front.door import Door
 
-__all__ = ["BODY_TOTAL_FACTOR", "PIPELINE_TURN", "ClientConnection"]
-
-# A body may take this many body_timeouts in all; body_timeout alone lets one byte every 29 s hold 8 MiB for years. At
-# 10 and 30 s, 8 MiB need 28 KB/s; half would cut people on poor lines, twice only feeds the slow-body game.
-BODY_TOTAL_FACTOR = 10
+__all__ = ["PIPELINE_TURN", "ClientConnection"]
 
 # Requests answered in a row on one connection before others get their turn.
 PIPELINE_TURN = 8
@@ -47,7 +43,6 @@ class ClientConnection(Channel):
 
     __slots__ = (
         "_advancing",
-        "_body_until",
         "_door",
         "_head",
         "_keep",
@@ -76,7 +71,6 @@ class ClientConnection(Channel):
         self._head: RequestHead | None = None
         self._keep = True
         self._advancing = False
-        self._body_until = NEVER
         self._arm(door.settings.head_timeout)
         self._watch(True)
 
@@ -238,16 +232,14 @@ class ClientConnection(Channel):
         self._door.check(head)
 
     def _await_body(self) -> None:
-        timeout = self._door.settings.body_timeout
-        now = self._owner.clock.monotonic()
+        """The whole body has body_timeout: a bound between reads would let one byte every 29 s hold 8 MiB for years. The
+        nginx in front collects slow uploads before it asks us."""
         if self.state is not State.BODY:
             self._become(State.BODY)
-            self._body_until = now + timeout * BODY_TOTAL_FACTOR
+            self._arm(self._door.settings.body_timeout)
             asked = self._head is not None and self._head.expect_continue
             if asked and not self._reader.has_begun_body() and not self._send_now(replies.CONTINUE):
                 self._close()
-                return
-        self._owner.wheel.add(self, min(now + timeout, self._body_until))
 
     def _serve(self, body: bytes) -> None:
         door, head, identity = self._door, self._head, self.identity
