@@ -355,7 +355,8 @@ class Daemon:
 
 
 def config_text(folder: Path, port: int, upstreams: str, **changes: str) -> str:
-    """A complete configuration; `changes` are extra lines per section, for example stream='heartbeat = "1s"'."""
+    """A complete configuration; `changes` are lines per section, for example stream='heartbeat = "1s"'; they go before
+    the defaults of the test."""
     (folder / "jwt.secret").write_text(SECRET)
     (folder / "jwt.secret").chmod(0o600)
     sections = {
@@ -374,7 +375,9 @@ drain_timeout = "5s"
     if any(word in changes.get("auth", "") for word in ("jwks_", "secret_", "mode")):
         sections["auth"] = ""
     for name, text in changes.items():
-        sections[name] = sections.get(name, "") + text + "\n"
+        set_anew = {line.partition("=")[0].strip() for line in text.splitlines()}
+        kept = [line for line in sections.get(name, "").splitlines() if line.partition("=")[0].strip() not in set_anew]
+        sections[name] = "\n".join([*kept, text, ""])
     return "\n".join(f"[{name}]\n{text}" for name, text in sections.items()) + "\n" + upstreams
 
 
