@@ -9,7 +9,8 @@ Must not know: routes, providers, tokens, policy, logs. What happens to the stre
     owner.on_mark()                   the splitter metered MARK_BYTES more text: time for a checkpoint
     owner.on_complete(leftover, held) the upstream's framing says the body is whole; `held` is the unfinished last block
                                       -> bytes to send before the end mark (`held` itself, or what takes its place)
-    owner.on_broken(error, detail)    the upstream failed (errno or 0) -> bytes to append; the end mark is NOT written
+    owner.on_broken(error, detail)    the upstream failed (errno or 0) -> bytes to append, the end mark is NOT written;
+                                      None: nothing is missing but the end mark, which is written
     owner.on_client_gone(errno)       the client closed or reset
     owner.on_drained()                everything, end mark included, was handed to the kernel
     owner.on_failure(exception)       our own bug, or a callback raised: the owner closes both sides
@@ -595,7 +596,6 @@ cdef class Exchange:
 
     cdef upstream_ended(self, int error, str detail):
         """recv said the upstream is over. Framing decides whether the body is whole; nothing else can."""
-        cdef bytes more
         if error == 0 and self.unframer.kind == CLOSE:
             self.unframer.state = WHOLE
             self.complete()
@@ -603,7 +603,7 @@ cdef class Exchange:
         self.stop_upstream()
         more = self.owner.on_broken(error, detail)
         if self.phase == RUNNING:
-            self.end(more, False)
+            self.end(more or b"", more is None)
 
     # -- sending ------------------------------------------------------------------------------------------------
 

@@ -232,7 +232,7 @@ class ClientConnection(Channel):
         self._door.check(head)
 
     def _await_body(self) -> None:
-        """The whole body has body_timeout: a bound between reads would let one byte every 29 s hold 8 MiB for years. The
+        """The whole body has body_timeout: between reads, it would let one byte every 29 s hold 8 MiB for years. The
         nginx in front collects slow uploads before it asks us."""
         if self.state is not State.BODY:
             self._become(State.BODY)

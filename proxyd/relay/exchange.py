@@ -149,9 +149,11 @@ class Stream:
             return self._translator.ending(True)
         return held
 
-    def on_broken(self, error: int, detail: str) -> bytes:
-        """The upstream failed within the body."""
+    def on_broken(self, error: int, detail: str) -> bytes | None:
+        """The upstream failed within the body; None: the client has all of the answer all the same."""
         self._detail = detail or (os.strerror(error) if error else "")
+        if self._complete_without_end():
+            return None
         return self._break(Cause.UPSTREAM_BROKEN)
 
     def on_client_gone(self, error: int) -> None:
@@ -242,7 +244,26 @@ class Stream:
         if exchange is None or self._cause is not None:
             return
         exchange.halt()
-        exchange.end(self._break(cause), False)
+        if self._complete_without_end():
+            exchange.end(b"", True)
+        else:
+            exchange.end(self._break(cause), False)
+
+    def _complete_without_end(self) -> bool:
+        """Whether the terminal event was relayed, so that only the end of the framing is missing: the answer is
+        complete, and an error event behind it would be a lie. Then everything is done but to end the exchange."""
+        exchange = self._exchange
+        assert exchange is not None
+        if self._cause is not None or not self._observer.terminal or self._observer.error is not None:
+            return False
+        self._cause = Cause.COMPLETE
+        self._release_upstream(reusable=False)
+        self._finish_observer(clean=False)
+        if not self._sinking:
+            self.transaction.move(Phase.ENDING)
+            self.transaction.secure(self._tally(exchange))
+        self._whole = True
+        return True
 
     def _break(self, cause: Cause) -> bytes:
         """What a client is told when its answer cannot go on: an error event where one may stand, else nothing."""

@@ -166,6 +166,20 @@ def test_a_broken_upstream_ends_with_an_error_event_and_no_end_mark(upstream: Ma
         assert daemon.access_log()[-1]["cause"] == "upstream_broken"
 
 
+def test_an_upstream_that_breaks_after_its_terminal_event_has_answered(upstream: Make, tmp_path: Path) -> None:
+    def script(wire: Wire) -> None:
+        wire.stream(chat_chunk("a"), FINISH, USAGE, DONE, end=False)
+        time.sleep(0.2)
+        wire.reset()
+
+    with node(tmp_path, upstream(script)) as daemon:
+        reply = ask(daemon, "/v1/chat/completions", CHAT)
+        assert reply.body() == chat_chunk("a") + FINISH + DONE
+        assert reply.ended
+        (row,) = daemon.wait_rows(1)
+        assert (row["status"], row["completion_tokens"], row["estimated"]) == ("completed", 5, 0)
+
+
 def test_a_client_that_leaves_stops_the_upstream_at_once(upstream: Make, tmp_path: Path) -> None:
     for count in (0, 1, 40):
         folder = tmp_path / str(count)
