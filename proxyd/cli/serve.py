@@ -2,7 +2,8 @@
 
 Owns the composition of `master`, `worker` and `telemetry`, which do not know each other. Must not know argv, files
 or secrets' places: `cli.main` and `cli.demo` bring a checked configuration. Exit codes: the master's own; 1 when an
-address or the file limit refuses. Importing this imports every room: the workers share what the master loaded.
+address, the state directory or the file limit refuses. Importing this imports every room: the workers share what the
+master loaded.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from proxyd.log import Log
 from proxyd.master.main import Master, MasterSpec
 from proxyd.shm.region import Region
 from proxyd.telemetry import writer
+from proxyd.telemetry.segment import SpoolError, ensure_spool_dir
 from proxyd.worker.main import Context, Services, run_telemetry, run_worker
 from proxyd.worker.services import Blueprint, build
 
@@ -51,7 +53,11 @@ def run(
     if not files.is_enough:
         return 1
     try:
+        ensure_spool_dir(server.state_dir)  # here it is one line; in the children one each, again and again
         listeners = _bind(config)
+    except SpoolError as error:
+        print(f"proxyd: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"proxyd: {error.strerror or error}", file=sys.stderr)
         return 1

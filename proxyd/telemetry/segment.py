@@ -24,6 +24,7 @@ writer is gone.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import struct
@@ -84,11 +85,14 @@ def ensure_spool_dir(state_dir: str | Path) -> Path:
     state, spool = Path(state_dir), spool_dir(state_dir)
     if not state.is_dir():
         raise SpoolError(
-            f"server.state_dir {state} does not exist:"
+            f"server.state_dir {state} {'is not a directory' if state.exists() else 'does not exist'}:"
             f" create it (install -d -m 0700 -o <the user of proxyd> {state}) or name another"
         )
     try:
         spool.mkdir(mode=0o700, exist_ok=True)
+        # One that is there already may be another user's, or on a file system that went read-only.
+        if not os.access(spool, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "not writable")
     except OSError as error:
         raise SpoolError(
             f"{spool}: {error.strerror}; server.state_dir must be writable for the user that runs proxyd"
