@@ -15,7 +15,7 @@ from proxyd.dialects.ask import Outgoing
 from proxyd.errors import UpstreamError, UpstreamErrorKind
 from proxyd.relay.answer import Answer
 from proxyd.relay.tap import MAX_BODY_BYTES
-from proxyd.relay.upstream_head import request_head
+from proxyd.relay.upstream_head import query_without_credentials, request_head
 from proxyd.upstream.connection import Connection
 from proxyd.wire.head import HeadError, Headers, find_head_end, parse_response_head
 
@@ -55,8 +55,9 @@ async def send_request(
     """Sends head and body. An upstream that answers before it has read everything is let: its answer counts."""
     origin = connection.origin
     path = outgoing.path
-    if query and not outgoing.translate:
-        path += "?" + query.decode("latin-1")
+    kept = query_without_credentials(query) if query and not outgoing.translate else b""
+    if kept:
+        path += "?" + kept.decode("latin-1")
     head = request_head(
         origin.target(path),
         origin.host_header,

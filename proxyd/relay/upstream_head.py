@@ -4,6 +4,8 @@ Owns: which of a client's headers travel, and what we set ourselves. Pure. Must 
 
 Invariants
 - The client's token never travels: authorization, x-api-key and cookie end here; the upstream's own key replaces them.
+  A credential in the query is none of ours (no token is read from there), yet some clients put one there, too: it ends
+  here as well.
 - What tells the provider about the site's visitors ends here too: forwarding headers, origin, referer.
 - `Accept-Encoding: identity`, so that the answer can be accounted without inflating it.
 - Everything else, known or not, travels untouched and in order (`anthropic-beta`, `x-stainless-*`, ...).
@@ -11,9 +13,11 @@ Invariants
 
 from __future__ import annotations
 
+import re
+
 from proxyd.wire.head import Headers, build_request_head
 
-__all__ = ["request_head"]
+__all__ = ["query_without_credentials", "request_head"]
 
 _STAYS = frozenset((
     # hop by hop, and framing: ours
@@ -27,6 +31,12 @@ _STAYS = frozenset((
     # set below
     b"accept-encoding", b"x-request-id", b"x-proxyd-request-id",
 ))  # fmt: skip
+# Parameters that are credentials by their name, or by the form of a JWT in their value, of which percent-encoding may
+# change the dots.
+_CREDENTIAL = re.compile(
+    rb"(?:(?:x[-_])?api[-_]?key|key|token|access[-_]token|auth|authorization)=.*|[^=]*=eyJ[A-Za-z0-9_-]+(?:\.|%2e).*",
+    re.IGNORECASE | re.DOTALL,
+)
 _STAYS_PREFIX = (b"x-forwarded-", b"sec-", b"access-control-")
 
 
@@ -59,6 +69,11 @@ def request_head(
         (b"content-length", b"%d" % body_length),
     ]
     return build_request_head("POST", target, headers)
+
+
+def query_without_credentials(query: bytes) -> bytes:
+    """The query as it travels: the parameters that are no credentials, untouched and in order."""
+    return b"&".join(part for part in query.split(b"&") if _CREDENTIAL.fullmatch(part) is None)
 
 
 def _named_by_connection(headers: Headers) -> set[bytes]:
