@@ -233,7 +233,9 @@ class Stream:
 
     def drop(self) -> None:
         """Closes both sides now, without another byte; the row says interrupted."""
-        self._cause = self._cause or Cause.DRAINED
+        exchange = self._exchange
+        if self._cause is None or (self._cause is Cause.COMPLETE and exchange is not None and exchange.pending_bytes):
+            self._cause = Cause.DRAINED  # read to its end, but the client has not got it
         self._whole = False
         self._settle()
 

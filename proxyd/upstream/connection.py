@@ -21,6 +21,7 @@ import asyncio
 import errno
 import socket
 import ssl
+import sys
 from collections.abc import Callable
 from enum import Enum, auto
 
@@ -34,6 +35,7 @@ EARLY_READ_BYTES = 16 * 1024
 # How long the peer may take no byte of the body after it began to answer, before we take its answer for final. Half: a
 # server that answers a head first and reads on slowly is cut off. Twice: a refused upload hangs for that much longer.
 EARLY_ANSWER_GRACE_S = 1.0
+_LINGER_ZERO = (1).to_bytes(4, sys.byteorder) + (0).to_bytes(4, sys.byteorder)
 
 
 class State(Enum):
@@ -188,6 +190,13 @@ class Connection:
             try:
                 self.sock.unwrap()  # sends close_notify; the peer's answer is not waited for
             except (OSError, ValueError):
+                pass
+        if self._damaged and self._sent:
+            # A reset: what of the request the peer has not read yet is dropped, and a peer that does not read hears of
+            # our end all the same. A FIN would wait behind that data for as long as the peer likes.
+            try:
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
+            except OSError:
                 pass
         self.sock.close()
 

@@ -67,6 +67,11 @@ class Line:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_ZERO)
         self.sock.close()
 
+    def end(self) -> None:
+        """Both directions, from whatever thread; a script that waits on the connection goes on."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
     def wait_end(self, seconds: float = 15.0) -> bool:
         """Reads nothing; True when the other side closed or reset within `seconds`."""
         poller = select.poll()
@@ -101,8 +106,7 @@ class Peer:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for line in list(self.lines):
-            with contextlib.suppress(OSError):
-                line.sock.shutdown(socket.SHUT_RDWR)
+            line.end()
 
     def _accept(self) -> None:
         while not self._stopping:
