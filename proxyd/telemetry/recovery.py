@@ -77,14 +77,27 @@ def remove_segments(directory: Path, stream: str, sequences: Iterable[int], dama
             continue
 
 
-def remove_leftovers(directory: Path) -> int:
-    """Removes segments that were never finished making (their maker is dead); returns how many."""
+# Making a segment takes a millisecond: create, lock, header, rename. Between the first two its maker holds no lock yet,
+# and our look for one could itself keep the maker from getting it. Half would do as well; twice only keeps an empty file.
+LEFTOVER_AGE_S = 60.0
+
+
+def remove_leftovers(directory: Path, now: float) -> int:
+    """Removes segments that were never finished making and whose maker is dead; returns how many. `now`: wall seconds."""
     removed = 0
     for name in os.listdir(directory):
-        if name.startswith(NEW_PREFIX) and is_unlocked(directory / name):
-            (directory / name).unlink(missing_ok=True)
+        path = directory / name
+        if name.startswith(NEW_PREFIX) and _is_older(path, now - LEFTOVER_AGE_S) and is_unlocked(path):
+            path.unlink(missing_ok=True)
             removed += 1
     return removed
+
+
+def _is_older(path: Path, instant: float) -> bool:
+    try:
+        return path.stat().st_mtime < instant
+    except FileNotFoundError:
+        return False
 
 
 def remove_if_empty(path: Path) -> bool:

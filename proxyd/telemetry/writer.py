@@ -144,7 +144,7 @@ class Writer:
 
     async def serve(self) -> None:
         """Recovers, then gathers and stores until told to stop and drained."""
-        removed = remove_leftovers(self._directory)
+        removed = remove_leftovers(self._directory, self._clock.wall())
         if removed:
             self._log.info("spool_leftovers_removed", files=removed)
         try:

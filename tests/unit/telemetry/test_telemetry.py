@@ -121,9 +121,18 @@ def test_a_missing_spool_and_a_missing_segment_are_normal(world: World) -> None:
 
 
 def test_unfinished_segments_of_a_dead_maker_are_removed(world: World) -> None:
-    (world.spool / ".new-003-00000001-0000000000000002-000001.spool").write_bytes(b"half")
+    old = world.spool / ".new-003-00000001-0000000000000002-000001.spool"
+    old.write_bytes(b"half")
+    os.utime(old, (0, 0))
     world.drain()
     assert world.files() == []
+
+
+def test_a_segment_that_is_just_being_made_is_left_alone_though_its_maker_has_no_lock_yet(world: World) -> None:
+    fresh = world.spool / ".new-003-00000001-0000000000000002-000001.spool"
+    fresh.write_bytes(b"")
+    world.drain()
+    assert fresh.exists()
 
 
 def test_a_long_stream_does_not_pin_the_segments_it_began_in(world: World) -> None:
