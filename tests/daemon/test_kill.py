@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -136,8 +137,6 @@ class Reader:
 
 
 def _streams(daemon: Daemon) -> list[int]:
-    import json
-
     return [worker["streams"] for worker in json.loads(daemon.admin("/status")[1])["workers"]]
 
 
@@ -319,3 +318,47 @@ def test_idle_client_connections_of_a_killed_worker_are_closed_and_new_ones_serv
         fresh.sendall(request_bytes("/v1/chat/completions", CHAT, daemon.token()))
         assert Reply(fresh).body() == DONE
         daemon.wait_rows(2)
+
+
+def test_a_worker_that_dies_again_and_again_turns_nobody_away(upstream: Make, tmp_path: Path) -> None:
+    """Its slot stays empty for longer and longer; the kernel goes on giving that listener its share of clients."""
+    up = upstream(lambda wire: wire.stream(DONE))
+    with node(tmp_path, up, server="workers = 2") as daemon:
+        stop = threading.Event()
+        killed: list[int] = []
+
+        def kill_it() -> None:
+            while not stop.is_set():
+                with contextlib.suppress(AssertionError, ProcessLookupError):
+                    pid = daemon.child("worker 0")
+                    # One that serves already may hold accepted clients: those it may cut. A newborn has none.
+                    if pid not in killed:
+                        os.kill(pid, signal.SIGKILL)
+                        killed.append(pid)
+                time.sleep(0.005)
+
+        killer = threading.Thread(target=kill_it, daemon=True)
+        killer.start()
+        wait_for(lambda: len(killed) >= 4, 20)
+        answered = cut = 0
+        until = time.monotonic() + 3.0
+        while time.monotonic() < until or answered < 50:
+            sock = daemon.connect()
+            sock.settimeout(15)
+            try:
+                sock.sendall(request_bytes("/v1/chat/completions", CHAT, daemon.token()))
+                assert Reply(sock).body() == DONE
+                answered += 1
+            except ConnectionError:
+                cut += 1
+            sock.close()
+        stop.set()
+        killer.join(5)
+        # Only a client that a newborn accepted in its few milliseconds may be cut: at most one a death.
+        assert cut <= len(killed)
+        wait_for(lambda: all(worker == "ready" for worker in _states(daemon)), 30)
+        assert ask(daemon, "/v1/chat/completions", CHAT).body() == DONE
+
+
+def _states(daemon: Daemon) -> list[str]:
+    return [worker["state"] for worker in json.loads(daemon.admin("/status")[1])["workers"]]
