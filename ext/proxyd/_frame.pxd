@@ -6,6 +6,7 @@ cdef enum:
     CHUNKED = 1
     CLOSE = 2
     WHOLE = 10
+    BAD = 13
 
 cdef class Unframer:
     cdef readonly int kind

@@ -17,7 +17,7 @@ BODY_CHUNKED = 1
 BODY_CLOSE = 2
 
 cdef enum:
-    # states; WHOLE is in the .pxd
+    # states; WHOLE and BAD are in the .pxd
     SIZE = 0
     SPACE = 1           # between the size and a semicolon
     EXTENSION = 2
@@ -30,7 +30,6 @@ cdef enum:
     TRAILER_VALUE = 9
     TRAILER_LF = 11
     END_LF = 12
-    BAD = 13
     # bounds as in the twin: what comes beyond is not from any server that means well
     MAX_LINE = 256
     MAX_EXTENSIONS = 16384
@@ -70,12 +69,12 @@ cdef class Unframer:
         cdef unsigned char* out = NULL
         cdef unsigned char* base = copy
         cdef Py_ssize_t size = self.take(base, len(data), &out)
-        if size < 0:
+        if size < 0 or self.state == BAD:
             raise ValueError("bad chunked framing")
         return out[:size]
 
     cdef Py_ssize_t take(self, unsigned char* text, Py_ssize_t size, unsigned char** out) noexcept nogil:
-        """Payload length, its start in `out` (inside text); -1 on broken framing."""
+        """Payload length, its start in `out` (inside text); -1 on broken framing. Payload before a fault comes with state BAD."""
         cdef Py_ssize_t at = 0, piece, total = 0
         cdef unsigned char* payload = text
         out[0] = text
@@ -109,7 +108,10 @@ cdef class Unframer:
                 self.state = self.step(text[at])
                 at += 1
                 if self.state == BAD:
-                    return -1
+                    # what came before the fault is payload all the same: the cut must not decide
+                    if total == 0:
+                        return -1
+                    break
         out[0] = payload
         return total
 

@@ -39,7 +39,7 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove
 from posix.types cimport off_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
-from proxyd._frame cimport WHOLE, Unframer
+from proxyd._frame cimport BAD, WHOLE, Unframer
 from proxyd._shm cimport Counter, Histogram
 from proxyd._sse cimport Span, Splitter
 
@@ -560,6 +560,9 @@ cdef class Exchange:
         if last:
             self.finish_turn(payload, length)
         self.check_client()
+        if self.unframer.state == BAD and self.phase == RUNNING:
+            self.upstream_ended(0, "bad chunked framing")
+            return 0
         if self.phase == RUNNING and self.upstream.events and self.pending_size > engine.high_mark:
             self.stop_reading()
             self.stalls += 1

@@ -3,7 +3,8 @@
 Owns: waiting for an upstream's bytes with deadlines, before anything is relayed. Must not know: which upstream comes
 next, clients. Each function raises UpstreamError; what it was given is then good for nothing but to be closed.
 
-Deadlines: `first_byte_timeout` for the first byte, `idle_timeout` between two reads, `total_timeout` over all.
+Deadlines: `first_byte_timeout` for the first byte, `idle_timeout` for the rest of the head and between two reads of a
+body, `total_timeout` over all.
 """
 
 from __future__ import annotations
@@ -29,9 +30,16 @@ READ_BYTES = 16 * 1024
 class Patience:
     """How long one attempt may still take; times are seconds on the monotonic clock."""
 
-    __slots__ = ("_monotonic", "_name", "_until")
+    __slots__ = ("_kind", "_monotonic", "_name", "_until")
 
-    def __init__(self, monotonic: Callable[[], float], until: float, name: str) -> None:
+    def __init__(
+        self,
+        monotonic: Callable[[], float],
+        until: float,
+        name: str,
+        kind: UpstreamErrorKind = UpstreamErrorKind.TOTAL_TIMEOUT,
+    ) -> None:
+        self._kind = kind
         self._monotonic = monotonic
         self._until = until
         self._name = name
@@ -40,8 +48,13 @@ class Patience:
         """`timeout_s`, or what is left of the whole if that is less. Raises TOTAL_TIMEOUT when nothing is."""
         left = self._until - self._monotonic()
         if left <= 0:
-            raise UpstreamError(UpstreamErrorKind.TOTAL_TIMEOUT, self._name, sent=True)
+            raise UpstreamError(self._kind, self._name, sent=True)
         return min(timeout_s, left)
+
+    def part(self, timeout_s: float) -> Patience:
+        """One thing that must be over `timeout_s` from now, however it goes on; late is IDLE_TIMEOUT."""
+        until = self._monotonic() + timeout_s
+        return Patience(self._monotonic, until, self._name, UpstreamErrorKind.IDLE_TIMEOUT)
 
 
 async def send_request(
@@ -76,13 +89,18 @@ async def send_request(
 
 
 async def read_head(connection: Connection, patience: Patience) -> Answer:
-    """The final head with what came behind it; 1xx heads are skipped."""
+    """The final head with what came behind it; 1xx heads are skipped, but for 101: nobody asked for another protocol.
+
+    A head has one `idle_timeout` from its first byte to its last, however often a byte of it comes.
+    """
     name = connection.origin.name
-    timeout_s = connection.origin.config.first_byte_timeout
+    config = connection.origin.config
+    pace: Patience | None = None
     data = b""
+    interim = 0
     while True:
-        more = await connection.recv(READ_BYTES, patience.within(timeout_s))
-        timeout_s = connection.origin.config.idle_timeout
+        wait_s = config.first_byte_timeout if pace is None else pace.within(config.idle_timeout)
+        more = await connection.recv(READ_BYTES, patience.within(wait_s))
         if not more:
             kind = UpstreamErrorKind.BAD_HEAD if data else UpstreamErrorKind.EOF_BEFORE_HEAD
             raise UpstreamError(kind, name, "closed within the head" if data else "", sent=True)
@@ -97,7 +115,13 @@ async def read_head(connection: Connection, patience: Patience) -> Answer:
             searched = 0
             if head.status >= 200:
                 return Answer(head, data)
-        if len(data) > MAX_ANSWER_HEAD_BYTES:
+            if head.status == 101:
+                raise UpstreamError(UpstreamErrorKind.BAD_HEAD, name, "switches protocols unasked", sent=True)
+            pace = None
+            interim += end
+        if pace is None and data:
+            pace = patience.part(config.idle_timeout)
+        if len(data) + interim > MAX_ANSWER_HEAD_BYTES:
             raise UpstreamError(UpstreamErrorKind.BAD_HEAD, name, "head too large", sent=True)
         if data and not b"HTTP/".startswith(data[:5]):
             raise UpstreamError(UpstreamErrorKind.BAD_HEAD, name, "not HTTP", sent=True)

@@ -9,7 +9,8 @@ Must not know: how connections are made, what a dialect's bytes mean.
 Retries (SAFETY, "Upstream faults")
 - Nothing of the request was sent (no connection): the next upstream is asked, as long as there is one.
 - A reused connection that gave nothing: once more on a fresh one. The peer closed it before it read the request.
-- An answer that is about that upstream (502, 503, 504, 529): the next upstream, once, within the retry budget.
+- An answer that is about that upstream (502, 503, 504, 529): the next upstream, or the fallback model where there is
+  none, once, within the retry budget.
 - Never after a byte was relayed, and never after bytes were sent on a fresh connection: that could bill twice.
 """
 
@@ -160,7 +161,9 @@ class Call:
                 services.upstreams.report(origin, status < 400, status)
                 if fails_over(status):
                     following = plan.next()
-                    if following is not None and self._may_retry():
+                    spare = self._fallback(model) if following is None else None
+                    another = following is not None or (spare is not None and spare.name not in seen)
+                    if another and self._may_retry():
                         self._close_upstream()
                         self._sent = False
                         transaction.move(Phase.CHOOSING)

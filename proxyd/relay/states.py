@@ -34,7 +34,8 @@ class Phase(Enum):
 
 _EDGES: dict[Phase, frozenset[Phase]] = {
     Phase.ADMITTED: frozenset({Phase.CHOOSING, Phase.FINISHED}),
-    Phase.CHOOSING: frozenset({Phase.CONNECTING, Phase.FINISHED}),
+    # to itself: a model without a reachable upstream, and then its fallback
+    Phase.CHOOSING: frozenset({Phase.CHOOSING, Phase.CONNECTING, Phase.FINISHED}),
     Phase.CONNECTING: frozenset({Phase.SENDING, Phase.CHOOSING, Phase.CONNECTING, Phase.FINISHED}),
     Phase.SENDING: frozenset({Phase.AWAITING, Phase.CHOOSING, Phase.CONNECTING, Phase.FINISHED}),
     Phase.AWAITING: frozenset(

@@ -122,7 +122,8 @@ class Bench:
             exchange.on_upstream_readable()
             got += self.taken(exchange)
         exchange.close()
-        if end:
+        if end or owner.broken:
+            self.upstream.close()
             self.theirs.close()
             self.theirs, self.upstream = socket.socketpair()
             self.theirs.setblocking(False)
@@ -249,3 +250,15 @@ def test_a_chunked_body_cut_short_is_broken_and_shows_whole_events_only(case: Ca
         assert again.at_boundary
         assert again.events == splitter.events
         assert observer.outcome in ("error", "completed" if observer.terminal else "truncated")
+
+
+def test_events_before_a_bad_chunk_are_shown_however_the_bytes_are_cut(bench: Bench) -> None:
+    case = next(case for case in CASES if case.name == "openai/chat-basic-no-usage.sse")
+    good = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (case.body[:300], case.body[300:700]))
+    shown = case.body[: case.body[:700].rindex(b"\n\n") + 2]
+    for bad in (b"zz\r\n", b"-1\r\n", b"5\r\nhelloX", b"5\n"):
+        framed = good + bad + b"5\r\nafter\r\n0\r\n\r\n"
+        for cut in range(1, len(framed)):
+            got, owner, _ = bench.run(observer_for(case), BODY_CHUNKED, 0, [framed[:cut], framed[cut:]], end=False)
+            assert owner.broken, (bad, cut)
+            assert got == shown, (bad, cut)
