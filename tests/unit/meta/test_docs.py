@@ -1,5 +1,5 @@
 """README.md and docs/ say what the code has, and nothing that it has not: routes, metrics, options, exit codes,
-signals, error codes, columns, log events; links resolve, TOML is valid, commands name targets and options that exist."""
+signals, error codes, columns, log events; links resolve, TOML is valid, commands name what exists."""
 
 from __future__ import annotations
 
