@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from tests.daemon.harness import (
     CHAT,
     DONE,
     FINISH,
+    ROOT,
     USAGE,
     Daemon,
     Reply,
@@ -37,7 +40,7 @@ Make = Callable[[Script], Upstream]
 ROUNDS = 12
 # A gap that a reader would notice. The machine is shared, so this is no latency bound: a stream that waited for a
 # successor, a reconnect or a timeout would show seconds.
-GAP_S = 3.0
+GAP_S = 5.0
 
 
 def test_a_dozen_kills_under_load_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
@@ -362,3 +365,30 @@ def test_a_worker_that_dies_again_and_again_turns_nobody_away(upstream: Make, tm
 
 def _states(daemon: Daemon) -> list[str]:
     return [worker["state"] for worker in json.loads(daemon.admin("/status")[1])["workers"]]
+
+
+def test_a_master_killed_while_it_starts_leaves_nothing_in_the_way(upstream: Make, tmp_path: Path) -> None:
+    up = upstream(lambda wire: wire.stream(DONE))
+    with node(tmp_path, up, server="workers = 2") as daemon:
+        assert daemon.stop() == 0
+        family: set[int] = set()
+        for delay_s in (0.05, 0.25, 0.4, 0.5, 0.6, 0.8):  # the interpreter, the imports, the bind, the forks, the boot
+            with daemon.log_path.open("ab") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "proxyd", "-c", str(daemon.config)],
+                    stdout=log,
+                    stderr=log,
+                    cwd=ROOT,
+                    env=daemon.environ,
+                )
+            daemon.process = process
+            time.sleep(delay_s)
+            family.update(daemon.children())
+            process.kill()
+            process.wait()
+        daemon.start()
+        family -= set(daemon.children())
+        assert ask(daemon, "/v1/chat/completions", CHAT).body() == DONE
+        wait_for(lambda: not any(_is_alive(pid) for pid in family), 20)
+        assert daemon.admin("/status")[0] == 200
+        daemon.wait_rows(1)
