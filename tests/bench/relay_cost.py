@@ -22,7 +22,7 @@ from tests.bench.targets import Target, start_nginx, start_proxyd, start_relay
 from tests.bench.tools import BenchError, Client, Rig, rig
 
 BUDGET = 1.15
-# At half a core nothing waits for 20 ms unless somebody else had the cores; events then come in heaps, which are cheaper.
+# At half a core nothing waits for 20 ms unless somebody else had the cores; events then come in heaps, and cost less.
 DISTURBED_US = 20_000
 
 
@@ -123,8 +123,9 @@ def main(argv: list[str] | None = None) -> int:
                 results[target.name].append(one)
                 split = f"(user {one.cpu.user:.2f}, system {one.cpu.system:.2f})"
                 seen = f"{one.events_per_s:,.0f} events/s, lag p99 {one.lag['p99_us']:.0f} us"
-                noise = " (disturbed)" if one.lag["p99_us"] > DISTURBED_US else ""
-                print(f"round {number + 1} {target.name:7} {one.cpu.total:6.2f} us/event {split}, {seen}{noise}", flush=True)
+                if one.lag["p99_us"] > DISTURBED_US:
+                    seen += " (disturbed)"
+                print(f"round {number + 1} {target.name:7} {one.cpu.total:6.2f} us/event {split}, {seen}", flush=True)
         print_rounds(results, options)
         for target in targets:
             if target.name != "proxyd":
