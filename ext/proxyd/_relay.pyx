@@ -27,11 +27,11 @@ which here is a pointer in C.
 Invariants: at most one recv and one send per readiness; at most `buffer_bytes` pending, then the upstream is not read;
 spans of the splitter live until the end of the turn that made them; a closed exchange is in no epoll set, and lives until
 the batch of events that may still name it is over.
-Long because a turn crosses all of it, and C compilers do not inline across modules.
+It is long because a turn crosses all of it, and C compilers do not inline across modules.
 The clock is read for one turn in sixteen, only to measure (proxyd_relay_lag_seconds); nothing is decided by it.
 """
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from cpython.buffer cimport PyBUF_WRITABLE
+from cpython.buffer cimport PyBUF_WRITE
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, errno
 from libc.stdint cimport uint32_t, uint64_t
@@ -152,7 +152,7 @@ cdef class Engine:
         self.vectors = <iovec*> malloc(self.vector_room * sizeof(iovec))
         if self.scratch == NULL or self.vectors == NULL:
             raise MemoryError()
-        self.view = PyMemoryView_FromMemory(<char*> self.scratch + HEADROOM, self.turn_bytes, PyBUF_WRITABLE)
+        self.view = PyMemoryView_FromMemory(<char*> self.scratch + HEADROOM, self.turn_bytes, PyBUF_WRITE)
         self.epfd = epoll_create1(EPOLL_CLOEXEC)
         if self.epfd < 0:
             raise OSError(errno, "epoll_create1")
@@ -252,6 +252,7 @@ cdef class Exchange:
     cdef Interest upstream
     cdef Interest client
     cdef bint first_seen
+    cdef bint coming_back
     cdef bint client_lost
     cdef int client_errno
     cdef uint64_t next_mark
@@ -444,7 +445,19 @@ cdef class Exchange:
             return
         self.turn(size)
         if self.phase == RUNNING and self.upstream.events and self.tls.pending():
-            self.engine.call_soon(self.on_upstream_readable)
+            self.come_back_soon()
+
+    cdef come_back_soon(self):
+        """At most one turn beside those of epoll: each of them could ask for another, and so ever more in a loop's turn."""
+        if not self.coming_back:
+            self.coming_back = True
+            self.engine.call_soon(self.come_back)
+
+    def come_back(self):
+        """The turn that come_back_soon() asked for; not when the client's stall paused the upstream meanwhile."""
+        self.coming_back = False
+        if self.phase == RUNNING and self.upstream.events:
+            self.on_upstream_readable()
 
     cdef on_client(self, uint32_t events):
         """Writable first: what was pending may be what the client waited for before it closed."""
@@ -741,7 +754,7 @@ cdef class Exchange:
         self.last_read_ms = self.engine.now_ms
         self.engine.watch(&self.upstream, EPOLLIN)
         if self.tls is not None and self.tls.pending():
-            self.engine.call_soon(self.on_upstream_readable)
+            self.come_back_soon()
 
     cdef stop_reading(self):
         self.engine.watch(&self.upstream, 0)

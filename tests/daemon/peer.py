@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -85,8 +86,9 @@ Play = Callable[[Line], object]
 class Peer:
     """A listener whose every connection runs `play`, in a thread of its own; what `play` raises ends the connection."""
 
-    def __init__(self, play: Play, *, receive_buffer: int = 0) -> None:
+    def __init__(self, play: Play, *, receive_buffer: int = 0, tls: ssl.SSLContext | None = None) -> None:
         self.play = play
+        self._tls = tls
         self.lines: list[Line] = []
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         if receive_buffer:
@@ -121,6 +123,8 @@ class Peer:
 
     def _run(self, line: Line) -> None:
         try:
+            if self._tls is not None:
+                line.sock = self._tls.wrap_socket(line.sock, server_side=True)
             self.play(line)
         except (OSError, ValueError):
             pass
