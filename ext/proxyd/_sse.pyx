@@ -2,7 +2,7 @@
 """The event stream splitter (WHATWG HTML 9.2.5, 9.2.6), compiled: whole blocks out of any cut of the bytes.
 
 Owns: lines, fields, blocks, and the bytes of the one unfinished block.  Must not know: JSON, providers, sockets.
-Twin and oracle: ``proxyd/wire/sse.py``. Long because lines, blocks and what is held of them share one state.
+Twin and oracle: ``proxyd/wire/sse.py``. It is long because lines, blocks and what is held of them share one state.
 
     feed:   [ ....block....|..block..|:comment|..unfinished ]
               forwarded, by reference           copied into `block` until its blank line comes

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from proxyd.dialects.errors import error_body, is_anthropic
@@ -94,6 +95,9 @@ class ClientConnection(Channel):
         self._become(State.STREAMING)
         self._watch(False)
         self.on_gone = None
+        if self._head is not None:
+            # A stream lasts for minutes: 3 KB of headers, the token among them, are not kept that long.
+            self._head = replace(self._head, headers=[])
         return self.fd
 
     def end_stream(self, keep_alive: bool, leftover: bytes = b"") -> None:
