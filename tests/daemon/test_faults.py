@@ -323,6 +323,17 @@ def test_a_client_that_stalls_while_its_answer_ends_is_dropped(stage: Stage) -> 
     stage.assert_at_rest(scene)
 
 
+def test_a_request_id_of_somebody_we_do_not_trust_is_not_taken(stage: Stage) -> None:
+    with stage.daemon.connect() as sock:
+        body = {**CHAT, "model": "patient"}
+        sock.sendall(request_bytes("/v1/chat/completions", body, stage.daemon.token(98), X_Request_Id="forged"))
+        reply = Reply(sock)
+        assert reply.body() == DONE
+    ours = reply.header("x-proxyd-request-id")
+    assert ours == reply.header("x-request-id") == stage.row(98)["request_id"] != "forged"
+    assert b"forged" not in stage.peer.lines[-1].head
+
+
 # -- TERM --------------------------------------------------------------------------------------------------------------
 
 

@@ -283,6 +283,17 @@ def test_a_head_that_drips_is_a_timeout_however_often_a_byte_comes(stage: Stage)
     assert time.monotonic() - began < 8
 
 
+@pytest.mark.parametrize("greeting", [b"", b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n"])
+def test_an_upstream_that_hangs_up_on_accept_is_not_dialled_without_end(greeting: bytes, stage: Stage) -> None:
+    stage.a = lambda line: line.send(greeting)
+    before, began = stage.connections(), time.monotonic()
+    reply, _, row = stage.ask()
+    assert reply.status in (408, 502, 504)  # its own answer counts where it came in time to be one
+    assert row["status"] in ("upstream_error", "timeout")
+    assert stage.connections() - before <= 4
+    assert time.monotonic() - began < 8
+
+
 # -- early answers, large bodies ---------------------------------------------------------------------------------------
 
 
