@@ -315,9 +315,5 @@ def test_options_that_do_nothing_yet_are_told_in_the_readme():
         assert f"`[{table}]`" in text or f"`{table}." in text, table
 
 
-def test_the_readme_keeps_the_place_of_the_measured_figures():
-    assert README.count("<!-- figures -->") == 1
-
-
 def test_no_page_names_a_machine_s_own_path():
     assert not re.search(r"/work/|/root/|/home/\w|/tmp/|pypi\.|\.example\.internal", EVERYTHING)
