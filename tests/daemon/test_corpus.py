@@ -8,6 +8,7 @@ compiled exchange (tests/unit/relay/test_exchange_corpus.py) and of the splitter
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -98,18 +99,13 @@ class Stage:
 
     def _select(self, first: int, last: int) -> list[dict[str, Any]]:
         path = self.daemon.folder / "telemetry.db"
+        query = "SELECT * FROM sys_ai_transactions WHERE user_id BETWEEN ? AND ?"
         try:
-            db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)
-        except sqlite3.OperationalError:
+            with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as db:
+                db.row_factory = sqlite3.Row
+                return [dict(row) for row in db.execute(query, (first, last))]
+        except sqlite3.OperationalError:  # nothing was written yet
             return []
-        try:
-            db.row_factory = sqlite3.Row
-            query = "SELECT * FROM sys_ai_transactions WHERE user_id BETWEEN ? AND ?"
-            return [dict(row) for row in db.execute(query, (first, last))]
-        except sqlite3.OperationalError:
-            return []
-        finally:
-            db.close()
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +141,7 @@ def head_of(case: Case, framing: str, body: bytes) -> bytes:
         lines.append("Transfer-Encoding: chunked")
     elif framing == "length":
         lines.append(f"Content-Length: {len(body)}")
-    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+    return "\r\n".join([*lines, "", ""]).encode()
 
 
 def framed(body: bytes, framing: str, rng: random.Random) -> bytes:
