@@ -17,8 +17,10 @@ cdef class Splitter:
     cdef Py_ssize_t room
     cdef Py_ssize_t released
     cdef Py_ssize_t line_start
-    # block whose bytes the spans still point into; freed by recycle()
+    # blocks whose bytes the spans may still point into, freed by recycle(): one that became complete, and one that was
+    # cut off by finish() or discard() in the same turn
     cdef unsigned char* spent
+    cdef unsigned char* orphan
     cdef list kept
     cdef Span* spans
     cdef int span_count

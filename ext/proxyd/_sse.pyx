@@ -48,6 +48,7 @@ cdef class Splitter:
     def __cinit__(self):
         self.block = NULL
         self.spent = NULL
+        self.orphan = NULL
         self.spans = NULL
 
     def __init__(self, on_event, Watch watch=None, Py_ssize_t max_event_bytes=4 * 1024 * 1024,
@@ -65,6 +66,7 @@ cdef class Splitter:
     def __dealloc__(self):
         free(self.block)
         free(self.spent)
+        free(self.orphan)
         free(self.spans)
 
     @property
@@ -101,7 +103,10 @@ cdef class Splitter:
         if self.mode == RETAIN:
             dropped = self.held - self.released
         self.torn = not self.boundary()
-        free(self.block)
+        if self.span_count and self.orphan == NULL:
+            self.orphan = self.block        # a part of it was released in this turn and is not sent yet
+        else:
+            free(self.block)
         self.block = NULL
         self.held = self.room = self.released = self.line_start = 0
         self.mode = DIRECT
@@ -117,6 +122,9 @@ cdef class Splitter:
         if self.spent != NULL:
             free(self.spent)
             self.spent = NULL
+        if self.orphan != NULL:
+            free(self.orphan)
+            self.orphan = NULL
         self.kept = None
 
     cdef int emit(self, const unsigned char* start, Py_ssize_t length) except -1:

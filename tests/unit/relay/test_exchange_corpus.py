@@ -20,7 +20,7 @@ from proxyd.shm.metrics import Metrics
 from proxyd.shm.region import Region
 from proxyd.wire.framing import Dechunker
 from proxyd.wire.sse import Splitter as PureSplitter
-from tests.corpus_cases import SEED, TWO_WAY_LIMIT
+from tests.corpus_cases import SEED, TWO_WAY_LIMIT, event_stream_cases
 from tests.unit.dialects.corpus_runs import Case, accounting, api_cases, assert_accounting, observer_for
 
 CASES = [case for case in api_cases() if case.is_sse]
@@ -28,6 +28,7 @@ SMALL = [case for case in CASES if len(case.body) <= TWO_WAY_LIMIT]
 LARGE = [case for case in CASES if len(case.body) > TWO_WAY_LIMIT]
 HIDING = [case for case in SMALL if case.expected["usage_only_events"]]
 OUT = 1 << 22
+EVENT = b'data: {"choices":[]}\n\n'
 PIECE = 32768  # fits into a socket pair
 
 
@@ -262,3 +263,30 @@ def test_events_before_a_bad_chunk_are_shown_however_the_bytes_are_cut(bench: Be
             got, owner, _ = bench.run(observer_for(case), BODY_CHUNKED, 0, [framed[:cut], framed[cut:]], end=False)
             assert owner.broken, (bad, cut)
             assert got == shown, (bad, cut)
+
+
+@pytest.mark.parametrize("tail", [b"", b"x", b"\ndata: y\n"])
+def test_a_block_released_in_the_turn_that_ends_the_body_is_sent_as_it_was(tail: bytes, bench: Bench) -> None:
+    hold = 64 * 1024
+    for early in (hold - 20, hold - 1, hold, hold + 1):
+        body = EVENT + b"data: " + b"z" * (hold + 6) + tail
+        for kind, first in ((BODY_LENGTH, body[:early]), (BODY_CHUNKED, b"%x\r\n%b" % (len(body), body[:early]))):
+            last = body[early:] + (b"\r\n0\r\n\r\n" if kind == BODY_CHUNKED else b"")
+            observer = observer_for(CASES[0])
+            got, owner, _ = bench.run(observer, kind, len(body), [first, last], end=False)
+            assert got == body
+            assert owner.leftover == 0
+
+
+@pytest.mark.parametrize("case", event_stream_cases("sse", "wpt"), ids=lambda case: case.path)
+def test_the_syntax_cases_pass_the_exchange_whatever_the_cut(case: Any, bench: Bench) -> None:
+    rng = random.Random(SEED)
+    framed = chunked(case.body, rng)
+    small = len(framed) <= 2 * TWO_WAY_LIMIT
+    for cut in range(1, len(framed)) if small else [rng.randrange(1, len(framed)) for _ in range(40)]:
+        got, owner, splitter = bench.run(
+            observer_for(CASES[0]), BODY_CHUNKED, 0, [framed[:cut], framed[cut:]], end=False
+        )
+        assert got == case.body, cut
+        assert owner.leftover == 0, cut
+        assert splitter.events == case.expected["sse"]["dispatched_events"], cut
