@@ -2,8 +2,8 @@
 
 Owns the composition of `master`, `worker` and `telemetry`, which do not know each other. Must not know argv, files
 or secrets' places: `cli.main` and `cli.demo` bring a checked configuration. Exit codes: the master's own; 1 when an
-address, the state directory or the file limit refuses. Importing this imports every room: the workers share what the
-master loaded.
+address, the state directory, the file of revocations or the file limit refuses. Importing this imports every room:
+the workers share what the master loaded.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from proxyd.host.systemd import Notifier
 from proxyd.log import Log
 from proxyd.master.main import Master, MasterSpec
 from proxyd.shm.region import Region
+from proxyd.shm.revocations import RevocationRing
+from proxyd.store.revocations import RevocationFile, RevocationFileError
 from proxyd.telemetry import writer
 from proxyd.telemetry.segment import SpoolError, ensure_spool_dir
 from proxyd.worker.main import Context, Services, run_telemetry, run_worker
@@ -62,6 +64,13 @@ def run(
         print(f"proxyd: {error.strerror or error}", file=sys.stderr)
         return 1
     region = Region.create(server.workers + 2, SYSTEM.wall())
+    try:
+        _restore_revocations(config, region, log)
+    except RevocationFileError as error:
+        listeners.unlink()
+        listeners.close()
+        print(f"proxyd: {error}", file=sys.stderr)
+        return 1
     blueprint = Blueprint(config, secrets, listeners, page_cookie)
 
     def worker(birth: Birth) -> int:
@@ -88,6 +97,16 @@ def run(
         on_ready=on_ready,
     )
     return Master(spec, log).run()
+
+
+def _restore_revocations(config: Config, region: Region, log: Log) -> None:
+    """Puts what earlier lives refused into the ring, from which each worker learns it before it serves."""
+    loaded = RevocationFile(config.server.state_dir).load(SYSTEM.wall())
+    ring = RevocationRing(region)
+    for entry in loaded.entries:
+        ring.publish(entry)
+    if loaded.not_compacted:
+        log.warning("revocations_not_compacted", detail=loaded.not_compacted)
 
 
 def _bind(config: Config) -> Listeners:

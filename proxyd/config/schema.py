@@ -52,7 +52,9 @@ class Server(Section):
     drain_timeout: Annotated[float, v.duration("0s", "24h")] = option(
         "120s", "how long running streams may go on after TERM"
     )
-    state_dir: Path = option("/var/lib/proxyd", "what must survive a reboot: the spool", reload="restart")
+    state_dir: Path = option(
+        "/var/lib/proxyd", "what must survive a reboot: the spool, the revocations", reload="restart"
+    )
     runtime_dir: Path = option("/run/proxyd", "what need not: sockets", reload="restart")
 
 

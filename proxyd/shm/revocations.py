@@ -7,7 +7,7 @@ Owns the ring. Must not know tokens, HTTP or how a stream is ended. One word of 
 `publish` may be called in any worker; a reader keeps its own cursor and asks `since(cursor)`, which is one load when
 nothing is new. Invariants: an entry carries its own number, written last, so a reader never takes half an entry.
 Two publishers take turns by the lock word, which holds the taker's pid. A successor reads the ring from its start,
-so a revocation outlives the worker that received it; it does not outlive the node (tokens expire, entries too).
+so a revocation outlives the worker that received it. What outlives the node is store/revocations.py's business.
 Bound: 16,384 entries; the next one replaces the oldest unless that is still in force: then `publish` refuses, because
 dropping it would let a revoked token in again.
 """

@@ -1,8 +1,10 @@
 """The admin listener: metrics, status and revocation, never on a public address.
 
-Owns its three routes and their errors. Must not know how the node serves: it reads shared memory and publishes into
-the ring of revocations. All workers accept on the one admin listener, whoever answers speaks for the node. Who may
-connect is the Unix socket's mode, or loopback: there is no token here.
+Owns its three routes and their errors. Must not know how the node serves: it reads shared memory, publishes into the
+ring of revocations and appends to their file. All workers accept on the one admin listener, whoever answers speaks
+for the node. Who may connect is the Unix socket's mode, or loopback: there is no token here.
+
+A revocation is in force from its publication on, and answered with 200 when it is on disk as well.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import math
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 from aiohttp import web
@@ -21,21 +24,30 @@ from proxyd.clock import Clock
 from proxyd.host.sockets import count_time_wait
 from proxyd.log import Log
 from proxyd.shm import metrics
-from proxyd.shm.region import Region
+from proxyd.shm.region import REVOCATION_ENTRIES, Region
 from proxyd.shm.revocations import Kind, Revocation, RevocationFull
+from proxyd.store.revocations import RevocationFile
 from proxyd.web.exposition import CONTENT_TYPE, render
 from proxyd.web.status import build_status
 
 # A revocation is three short fields; more is a mistake.
 MAX_BODY_BYTES = 16 * 1024
 SHUTDOWN_S = 1.0
+# What a disk may take for one line; a client of ours has given up by then, and the revocation is in force anyway.
+KEEP_TIMEOUT_S = 10.0
+# The year 5138: beyond it somebody wrote milliseconds, and the revocation would never be forgotten.
+MAX_EXP_S = 1e11
 # Connections between accept and their transport: one turn of the loop each.
 MAX_HANDSHAKES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class AdminContext:
-    """What the routes work with. `revoke` publishes to every worker; it raises ValueError or RevocationFull."""
+    """What the routes work with.
+
+    revoke: publishes to every worker; raises ValueError or RevocationFull. kept: where revocations outlive the daemon.
+    leeway_s: how long after its `exp` a token is taken. is_node: False in a worker whose master is gone.
+    """
 
     region: Region
     workers: int
@@ -43,6 +55,9 @@ class AdminContext:
     log: Log
     percentiles: Sequence[float]
     revoke: Callable[[Revocation], int]
+    kept: RevocationFile
+    leeway_s: float
+    is_node: Callable[[], bool]
 
 
 _CONTEXT: web.AppKey[AdminContext] = web.AppKey("admin", AdminContext)
@@ -142,28 +157,56 @@ async def _status(request: web.Request) -> web.Response:
 
 
 async def _revoke(request: web.Request) -> web.Response:
-    """{"user": 42} or {"tenant": "t"} or {"jti": "..."}, one of them: its streams end, its tokens stay refused."""
+    """{"user": 42} or {"tenant": "t"} or {"jti": "..."}, one of them: its streams end, its tokens stay refused.
+
+    With "exp", when the last of those tokens expires, the revocation is forgotten then; without, it is kept for good.
+    """
     context = request.app[_CONTEXT]
-    try:
-        document = orjson.loads(await request.read())
-    except orjson.JSONDecodeError:
-        return _error(400, "invalid_json", "The body is not JSON.")
-    if not isinstance(document, dict) or len(document) != 1 or next(iter(document)) not in ("user", "tenant", "jti"):
-        return _error(400, "invalid_request", "Give one of user, tenant and jti.")
-    ((name, value),) = document.items()
+    if not context.is_node():
+        # The next node may be running already, and would not hear of it.
+        return _error(503, "orphaned", "This process belongs to a daemon that has died; ask again.")
     now = context.clock.wall()
     try:
-        # Refused here in the words of those who will apply it: a worker could only log it.
-        Revocations(max_entries=1).revoke(name, value, now)
-        # No end is known: the tokens it names may be of any age, and the ring holds thousands.
-        number = context.revoke(Revocation(Kind[name.upper()], str(value), now, math.inf))
+        document = orjson.loads(await request.read())
+        entry = _revocation_of(document, now, context.leeway_s)
+        number = context.revoke(entry)
+    except orjson.JSONDecodeError:
+        return _error(400, "invalid_json", "The body is not JSON.")
     except ValueError as error:
         return _error(400, "invalid_request", f"{error}.")
     except RevocationFull:
-        context.log.error("revocations_full", kind=name)
-        return _error(503, "revocations_full", "No room for another revocation until the daemon is restarted.")
-    context.log.info("session_revoked", kind=name, value=value, number=number)
-    return _json({"revoked": {name: value}, "at": now})
+        context.log.error("revocations_full", kind=entry.kind.name.lower())
+        message = f"{REVOCATION_ENTRIES} revocations are in force; a restart makes room for those whose exp has passed."
+        return _error(503, "revocations_full", message)
+    name = entry.kind.name.lower()
+    told = {"revoked": {name: document[name]}, "at": now}
+    context.log.info("session_revoked", kind=name, value=document[name], number=number)
+    try:
+        # In a thread: the disk may take long, and streams are relayed here.
+        await asyncio.wait_for(asyncio.to_thread(context.kept.append, entry), KEEP_TIMEOUT_S)
+    except OSError as error:  # TimeoutError is one
+        detail = error.strerror or f"not written within {KEEP_TIMEOUT_S:g} s"
+        context.log.error("revocation_not_kept", kind=name, path=str(context.kept.path), detail=detail)
+        message = f"It is in force, but a restart forgets it: {context.kept.path}: {detail}. Repeat it."
+        return _json(_error_of("revocation_not_kept", message) | told, 503)
+    return _json(told)
+
+
+def _revocation_of(document: object, now: float, leeway_s: float) -> Revocation:
+    """Raises ValueError in the words of the answer."""
+    names = document.keys() - {"exp"} if isinstance(document, dict) else set()
+    if not isinstance(document, dict) or len(names) != 1 or not names <= {"user", "tenant", "jti"}:
+        raise ValueError("Give one of user, tenant and jti, and exp if you know it")
+    (name,) = names
+    # Refused here in the words of those who will apply it: a worker could only log it.
+    Revocations(max_entries=1).revoke(name, document[name], now)
+    until = math.inf
+    if "exp" in document:
+        exp = document["exp"]
+        if type(exp) not in (int, float) or not now < exp + leeway_s < MAX_EXP_S:
+            raise ValueError("exp is not a time to come, in seconds since 1970")
+        until = exp + leeway_s
+    return Revocation(Kind[name.upper()], str(document[name]), now, until)
 
 
 def _json(document: object, status: int = 200) -> web.Response:
@@ -176,4 +219,8 @@ def _json(document: object, status: int = 200) -> web.Response:
 
 
 def _error(status: int, code: str, message: str) -> web.Response:
-    return _json({"error": {"message": message, "type": "invalid_request_error", "code": code}}, status)
+    return _json(_error_of(code, message), status)
+
+
+def _error_of(code: str, message: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "invalid_request_error", "code": code}}

@@ -34,6 +34,7 @@ from proxyd.relay.service import Relay
 from proxyd.shm.beats import Beat, State
 from proxyd.shm.metrics import read
 from proxyd.shm.revocations import RevocationRing
+from proxyd.store.revocations import RevocationFile
 from proxyd.telemetry.segment import ensure_spool_dir
 from proxyd.telemetry.spool import SpoolWriter
 from proxyd.upstream.upstreams import Upstreams
@@ -155,6 +156,9 @@ class WorkerServices:
                 log=log,
                 percentiles=config.monitoring.percentiles,
                 revoke=self._ring.publish,
+                kept=RevocationFile(config.server.state_dir),
+                leeway_s=config.auth.leeway,
+                is_node=lambda: self._standing.has_master,
             )
         )
 
