@@ -77,13 +77,14 @@ def remove_segments(directory: Path, stream: str, sequences: Iterable[int], dama
             continue
 
 
-# Making a segment takes a millisecond: create, lock, header, rename. Between the first two its maker holds no lock yet,
-# and our look for one could itself keep the maker from getting it. Half would do as well; twice only keeps an empty file.
+# Making a segment takes a millisecond: create, lock, header, rename. Between the first two its maker holds no lock
+# yet, and our look for one could itself keep the maker from getting it. Half would do as well; twice only keeps an
+# empty file.
 LEFTOVER_AGE_S = 60.0
 
 
 def remove_leftovers(directory: Path, now: float) -> int:
-    """Removes segments that were never finished making and whose maker is dead; returns how many. `now`: wall seconds."""
+    """Removes segments that were never finished and whose maker is dead; returns how many. `now`: wall seconds."""
     removed = 0
     for name in os.listdir(directory):
         path = directory / name
