@@ -4,7 +4,8 @@ Owns: the table of web routes and the shape of every answer given here (ids, err
 the relay, how a session is checked: `WebContext` brings callables.
 
 Invariants: every answer carries X-Proxyd-Request-Id and X-Request-Id; errors have the shape of `dialects.errors`; no
-answer names aiohttp or Python; one access record an answer.
+answer names aiohttp or Python; one access record an answer. A page of an allowed origin may read every error, and what
+a session is asked for on: those routes answer its preflight as the relay's do.
 """
 
 from __future__ import annotations
@@ -45,12 +46,15 @@ class WebContext:
     """What the application works with.
 
     authorise: who may ask: checks session and origin of a request, returns the CORS headers of its answer, or raises
-    Refusal. page_cookie: the whole Set-Cookie value that the page's answer brings (the demo's session), or "".
+    Refusal. preflight: the headers of the 204 to a browser's OPTIONS, or raises Refusal. cors: what lets a page read an
+    error. page_cookie: the whole Set-Cookie value that the page's answer brings (the demo's session), or "".
     """
 
     models: Iterable[Named]
     readiness: Callable[[], Readiness]
     authorise: Callable[[Request], Headers]
+    preflight: Callable[[Request], Headers]
+    cors: Callable[[Headers], Headers]
     record: Callable[[Answered], None]
     log: Log
     clock: Clock
@@ -59,6 +63,9 @@ class WebContext:
     has_page: bool = False
     page_cookie: str = ""
 
+
+# Where a session is asked for, a browser asks first whether a page of another origin may bring one.
+_PATHS_WITH_SESSION = ("/v1/models",)
 
 # What is still being answered when the worker ends had the whole drain already; aiohttp's own default is a minute.
 STOP_S = 1.0
@@ -83,6 +90,8 @@ def make_app(context: WebContext) -> web.Application:
     app.router.add_get("/healthz", _healthz)
     app.router.add_get("/readyz", _readyz)
     app.router.add_get("/v1/models", _models)
+    for path in _PATHS_WITH_SESSION:
+        app.router.add_options(path, _preflight)
     if context.has_page:
         app.router.add_get("/", _page)
     return app
@@ -127,6 +136,8 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     context = request.app[_CONTEXT]
     front = front_request(request)
     response = await _respond(context, front, request, handler)
+    if response.status >= 400:
+        _add_headers(response, context.cors(front.head.headers))
     body = response.body if isinstance(response, web.Response) else None
     context.record(
         Answered(
@@ -223,9 +234,23 @@ async def _models(request: web.Request) -> web.StreamResponse:
     context = request.app[_CONTEXT]
     cors = context.authorise(front_request(request))
     response = web.Response(body=models_page(context.models), content_type="application/json")
-    for name, value in cors:
-        response.headers.add(name.decode("latin-1"), value.decode("latin-1"))
+    _add_headers(response, cors)
     return response
+
+
+async def _preflight(request: web.Request) -> web.StreamResponse:
+    headers = request.app[_CONTEXT].preflight(front_request(request))
+    response = web.Response(status=204)
+    _add_headers(response, headers)
+    return response
+
+
+def _add_headers(response: web.StreamResponse, headers: Headers) -> None:
+    """A line that is there already, such as the Vary of a refused preflight, is not said twice."""
+    for name, value in headers:
+        field, text = name.decode("latin-1"), value.decode("latin-1")
+        if text not in response.headers.getall(field, []):
+            response.headers.add(field, text)
 
 
 def _is_loopback(host: str) -> bool:

@@ -112,6 +112,8 @@ class WorkerServices:
                 models=config.model,
                 readiness=self._readiness,
                 authorise=lambda request: self._relay.authorize(request)[1],
+                preflight=self._relay.preflight,
+                cors=self._relay.cors,
                 record=self._record,
                 log=log,
                 clock=clock,

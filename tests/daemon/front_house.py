@@ -99,6 +99,8 @@ class House:
                 models=(),
                 readiness=self._readiness,
                 authorise=lambda request: [],
+                preflight=lambda request: [(b"access-control-allow-origin", b"https://a.example")],
+                cors=lambda headers: [],
                 record=self.records.append,
                 log=self.log,
                 clock=self.clock,

@@ -113,6 +113,8 @@ async def test_web_answers_have_our_shapes() -> None:
             (b"DELETE /v1/models HTTP/1.1\r\nHost: x\r\n\r\n", 405),
             (b"GET /v1/chat/completions HTTP/1.1\r\nHost: x\r\n\r\n", 405),
             (b"OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: x\r\n\r\n", 204),
+            (b"OPTIONS /v1/models HTTP/1.1\r\nHost: x\r\n\r\n", 204),
+            (b"OPTIONS /healthz HTTP/1.1\r\nHost: x\r\n\r\n", 405),
         ]:
             client.send(data)
             status, headers, body = await client.answer()

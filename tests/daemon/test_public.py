@@ -145,6 +145,50 @@ def test_an_allowed_page_gets_its_preflight_and_may_use_the_cookie(upstream: Mak
         daemon.wait_rows(3)
 
 
+def get(daemon: Daemon, path: str, method: str = "GET", **headers: str) -> Reply:
+    """One request without a body on a connection of its own."""
+    sock = daemon.connect()
+    lines = [f"{method} {path} HTTP/1.1", "Host: test", *(f"{k.replace('_', '-')}: {v}" for k, v in headers.items())]
+    sock.sendall("\r\n".join([*lines, "", ""]).encode())
+    return Reply(sock)
+
+
+def test_an_allowed_page_may_ask_for_the_models_with_cookie_or_token_and_read_every_error(
+    upstream: Make, tmp_path: Path
+) -> None:
+    up = upstream(lambda wire: wire.stream(DONE))
+    with node(tmp_path, up, auth=f'allowed_origins = ["{PAGE}"]') as daemon:
+        asked = {"Access_Control_Request_Method": "GET", "Access_Control_Request_Headers": "authorization"}
+        code, headers = options(daemon, "/v1/models", Origin=PAGE, **asked)
+        assert code == 204
+        assert headers["access-control-allow-origin"] == PAGE
+        assert headers["access-control-allow-credentials"] == "true"
+        assert "GET" in headers["access-control-allow-methods"]
+        assert headers["access-control-allow-headers"] == "authorization"
+        assert len(headers["x-proxyd-request-id"]) == 32
+        refused = get(daemon, "/v1/models", "OPTIONS", Origin=STRANGER, **asked)
+        assert (refused.status, refused.header("access-control-allow-origin")) == (403, None)
+        assert [value for name, value in refused.headers if name == "vary"] == ["Origin"]
+        cookie = f"ai_session_jwt={daemon.token()}"
+        for extra, path, method, status in (
+            ({"Cookie": cookie}, "/v1/models", "GET", 200),
+            ({"Authorization": f"Bearer {daemon.token()}"}, "/v1/models", "GET", 200),
+            ({}, "/v1/models", "GET", 401),
+            ({"Authorization": "Bearer wrong"}, "/v1/models", "GET", 403),
+            ({"Cookie": cookie}, "/v1/models", "DELETE", 405),
+            ({}, "/nowhere", "GET", 404),
+            ({}, "/healthz", "OPTIONS", 405),
+        ):
+            reply = get(daemon, path, method, Origin=PAGE, **extra)
+            assert (reply.status, reply.header("access-control-allow-origin")) == (status, PAGE), (path, method)
+            assert reply.header("access-control-allow-credentials") == "true"
+            stranger = get(daemon, path, method, Origin=STRANGER, **extra)
+            assert stranger.header("access-control-allow-origin") is None
+            assert stranger.header("vary") == "Origin"
+        assert get(daemon, "/v1/models", Cookie=cookie, Origin=STRANGER).status == 403
+        assert get(daemon, "/v1/models", "DELETE").header("allow") == "GET, HEAD, OPTIONS"
+
+
 # -- keys --------------------------------------------------------------------------------------------------------------
 
 
