@@ -148,6 +148,8 @@ class Upstream:
 
     def close(self) -> None:
         self._stopping = True
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # close() alone leaves the port open while accept() waits
         self._listener.close()
         for sock in list(self._sockets):
             with contextlib.suppress(OSError):
