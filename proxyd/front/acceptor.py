@@ -19,6 +19,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 
+from proxyd.ids import new_request_id
 from proxyd.log import Log
 
 __all__ = ["BATCH", "PAUSE_S", "Acceptor"]
@@ -35,7 +36,8 @@ _OUT_OF_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errn
 _TRY_LATER = frozenset((errno.EAGAIN, errno.EWOULDBLOCK))
 
 _SHED = (
-    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nx-proxyd-request-id: %b\r\nx-request-id: %b\r\n"
+    b"content-length: 0\r\nconnection: close\r\n\r\n"
 )
 
 
@@ -123,6 +125,7 @@ class Acceptor:
 
     def _shed_one(self, listener: socket.socket) -> None:
         """Tells one waiting TCP client that we are full, with the descriptor kept for it, instead of letting it hang.
+        Its request is not read: the id is a new one, and the log has it with the peer.
 
         Not on a Unix listener: another worker that has descriptors accepts there too.
         """
@@ -131,11 +134,13 @@ class Acceptor:
         os.close(self._reserve)
         self._reserve = -1
         try:
-            sock, _ = listener.accept()
+            sock, address = listener.accept()
             with sock:
                 sock.setblocking(False)
-                sock.send(_SHED)
+                request_id = new_request_id()
+                sock.send(_SHED % (request_id.encode(), request_id.encode()))
                 sock.shutdown(socket.SHUT_WR)
+                self._log.warning("connection_shed", request_id=request_id, peer=address[0])
         except OSError:
             # Nobody waits any more, or the descriptor went to somebody else meanwhile.
             pass

@@ -226,7 +226,11 @@ class Listeners:
             listener.unlink()
 
 
-def count_time_wait(path: str = "/proc/net/sockstat") -> int | None:
+# Not /proc/net, which is not there where only processes are visible (ProcSubset=pid of the shipped unit).
+SOCKSTAT = "/proc/self/net/sockstat"
+
+
+def count_time_wait(path: str = SOCKSTAT) -> int | None:
     """Sockets of this network namespace in TIME_WAIT (proc(5)); None where the kernel does not tell."""
     try:
         with open(path, encoding="ascii") as file:

@@ -566,7 +566,11 @@ async def test_without_descriptors_a_client_is_told_and_accepting_goes_on_later(
         first = await home.connect()
         home.acceptor._running = True
         home.acceptor._on_readable(starved)  # type: ignore[arg-type]
-        assert b" 503 " in await first.rest()
+        status, headers, _ = await first.answer()
+        assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
+        assert len(headers["x-proxyd-request-id"]) == 32
+        assert headers["x-request-id"] == headers["x-proxyd-request-id"]
+        assert await first.rest() == b""
         second = await home.connect()
         second.send(GET_HEALTH)
         assert (await second.answer())[2] == HEALTHY

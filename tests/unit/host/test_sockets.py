@@ -6,6 +6,8 @@ import errno
 import os
 import signal
 import socket
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,3 +184,26 @@ def test_a_full_backlog_is_an_answer_too(tmp_path: Path) -> None:
         waiting.connect(path)
         with pytest.raises(OSError, match="in use"):
             sockets.refuse_live(path)
+
+
+def test_time_wait_is_counted_where_only_processes_are_visible_in_proc() -> None:
+    """As under the unit's ProcSubset=pid: a mount namespace whose /proc has no /proc/net."""
+    program = (
+        "import os; from proxyd.host.sockets import count_time_wait\n"
+        "print('mounted', os.path.exists('/proc/net/sockstat'), count_time_wait() is not None)"
+    )
+    namespaces = ["-m"] if os.geteuid() == 0 else ["-Urmpf"]
+    script = 'mount -t proc -o subset=pid proc /proc && exec "$0" -c "$1"'
+    done = subprocess.run(
+        ["unshare", *namespaces, "sh", "-c", script, sys.executable, program],
+        cwd=Path(sockets.__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if done.stdout.startswith("mounted"):
+        assert done.stdout == "mounted False True\n"
+    else:  # may not mount here: what subset=pid leaves is everything below a process's own directory (proc(5))
+        assert sockets.SOCKSTAT.startswith("/proc/self/")
+        assert sockets.count_time_wait() is not None
