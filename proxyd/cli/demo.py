@@ -180,7 +180,7 @@ def greeting(port: int, asked_port: int | None, token: str, providers: list[Prov
     base = f"http://{HOST}:{port}"
     is_real = providers[0].key_env != KEY_ENV
     names = " and ".join(provider.name for provider in providers)
-    answers = f"{names}, with your key: answers cost money" if is_real else "a demo model in this process, not an AI"
+    answers = f"{names}, with your key: answers cost money" if is_real else "a built-in demo model, not an AI"
     moved = f" (port {DEFAULT_PORT} is taken)" if asked_port is None and port != DEFAULT_PORT else ""
     model = providers[0].model
     is_openai = any(provider.dialect == "openai" for provider in providers)

@@ -27,7 +27,7 @@ class State(Enum):
     HEAD = auto()
     """A head has begun. Deadline: head_timeout in total."""
     BODY = auto()
-    """A body has begun. Deadline: body_timeout between two reads, and an overall bound."""
+    """A body has begun. Deadline: body_timeout in total."""
     SERVING = auto()
     """The handler has the request; we watch for the client going away. No deadline of ours."""
     REPLYING = auto()

@@ -135,6 +135,7 @@ def test_the_greeting_says_where_how_and_who_answers() -> None:
     text = greeting(3001, None, "TOKEN", DEMO)
     for part in ("http://127.0.0.1:3001/", "curl -N", "Bearer TOKEN", "from openai import", "Ctrl-C", "not an AI"):
         assert part in text
+    assert "in this process" not in text  # it is a child
     assert "port 3000 is taken" in text
     assert "taken" not in greeting(3001, 3001, "TOKEN", DEMO)
     assert "cost money" in greeting(3000, None, "TOKEN", list(REAL))
