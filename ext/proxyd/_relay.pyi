@@ -1,10 +1,9 @@
 import ssl
 from typing import Protocol
 
+from proxyd._frame import Unframer
 from proxyd._shm import Counter, Histogram
 from proxyd._sse import Splitter
-
-from proxyd._frame import Unframer
 
 class Owner(Protocol):
     def on_first(self) -> None: ...

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+
 from proxyd._scan import Watch
 
 FLAG_FIRST: int
