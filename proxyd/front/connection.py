@@ -143,6 +143,11 @@ class ClientConnection(Channel):
         """Whether an answer to the request being served may announce that the connection stays."""
         return self._keep and self._door.keeps_alive()
 
+    @property
+    def date(self) -> bytes:
+        """The `Date` of an answer that begins now."""
+        return self._door.date()
+
     # -- what the door and the wheel use -------------------------------------------------------------------------
 
     def drain(self) -> None:

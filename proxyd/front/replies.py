@@ -8,6 +8,7 @@ Invariants
 - `X-Request-Id` is the upstream's on a relayed answer that brought one, else ours.
 - A stream carries `Cache-Control` with no-cache and `X-Accel-Buffering: no` exactly once.
 - Hop-by-hop fields (RFC 9110 section 7.6.1) end here, and so does what an upstream says about *its* site: see SITE.
+- An answer has a Date: the upstream's where it gave one, else ours.
 - There is one framing: chunked, a length, or the end of the connection; never two.
 """
 
@@ -114,13 +115,15 @@ def relay_head(
     framing: Framing,
     keep_alive: bool,
     is_stream: bool,
+    date: bytes = b"",
     extra: Iterable[tuple[bytes, bytes]] = (),
 ) -> bytes:
     """The head of a relayed answer.
 
     `upstream_headers` have lower-case names; what may travel travels in its order with its value untouched
-    (rate limits, retry-after*, content-type, content-encoding, request ids). `extra` (CORS, say) replaces fields of
-    the same name, except `vary`, which adds up. "close" or "chunked" is the caller's choice by `version`; with "close"
+    (rate limits, retry-after*, content-type, content-encoding, request ids). `date` is added where the upstream gave
+    none: a recipient with a clock has to (RFC 9110 section 6.6.1). `extra` (CORS, say) replaces fields of the same
+    name, except `vary`, which adds up. "close" or "chunked" is the caller's choice by `version`; with "close"
     the connection cannot be kept, whatever `keep_alive` says.
     """
     added = [(name.lower(), value) for name, value in extra]
@@ -128,6 +131,7 @@ def relay_head(
     dropped = _named_by_connection(upstream_headers)
     lines = [_status_line(status, reason)]
     has_request_id = has_no_cache = False
+    is_dated = not date
     for name, value in upstream_headers:
         if name in HOP_BY_HOP or name in SITE or name in OURS or name in dropped or name in replaced:
             continue
@@ -141,6 +145,7 @@ def relay_head(
             if has_no_cache or b"no-cache" not in value.lower():
                 continue
             has_no_cache = True
+        is_dated = is_dated or name == b"date"
         lines.append(b"%b: %b\r\n" % (name, value))
     for name, value in added:
         lines.append(b"%b: %b\r\n" % (name, value))
@@ -148,6 +153,8 @@ def relay_head(
     if not has_request_id and b"x-request-id" not in replaced:
         lines.append(b"x-request-id: %b\r\n" % ours)
     lines.append(b"x-proxyd-request-id: %b\r\n" % ours)
+    if not is_dated:
+        lines.append(b"date: %b\r\n" % date)
     if is_stream:
         if not has_no_cache and b"cache-control" not in replaced:
             lines.append(b"cache-control: no-cache\r\n")

@@ -93,6 +93,7 @@ def begin_stream(
         framing=framing,
         keep_alive=keep_alive,
         is_stream=media is SSE,
+        date=client.date,
         extra=asker.cors,
     )
     if isinstance(observer, Translator):

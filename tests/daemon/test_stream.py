@@ -63,6 +63,7 @@ def test_a_stream_passes_byte_for_byte_and_is_booked_with_the_providers_counts(u
         assert reply.body() == chat_chunk("a") + chat_chunk("b") + FINISH + USAGE + DONE
         assert reply.ended
         assert reply.header("x-accel-buffering") == "no"
+        assert len([name for name, _ in reply.headers if name == "date"]) == 1  # ours: this upstream sends none
         assert "no-cache" in (reply.header("cache-control") or "")
         assert reply.header("x-proxyd-request-id") == "trace-1"
         (row,) = daemon.wait_rows(1)

@@ -17,11 +17,12 @@ def relayed(
     framing: Framing = "chunked",
     keep_alive: bool = True,
     is_stream: bool = True,
+    date: bytes = b"",
     extra: Headers | None = None,
 ) -> Headers:
     data = relay_head(
         status, b"OK", upstream, request_id="ours", version=version, framing=framing, keep_alive=keep_alive,
-        is_stream=is_stream, extra=extra or [],
+        is_stream=is_stream, date=date, extra=extra or [],
     )  # fmt: skip
     return parse_response_head(data).headers
 
@@ -148,6 +149,24 @@ def test_a_complete_reply_has_the_body_its_status_and_method_allow(status: int, 
     assert values(headers, b"content-length") == ([] if status in (204, 304) else [b"5"])
     assert values(headers, b"date") == [b"Thu, 01 Jan 1970 00:00:00 GMT"]
     assert values(headers, b"x-proxyd-request-id") == values(headers, b"x-request-id") == [b"r"]
+
+
+DATED = b"Fri, 20 Nov 2026 00:00:00 GMT"
+
+
+@pytest.mark.parametrize(
+    ("upstream", "date", "dates"),
+    [
+        ([], b"", []),
+        ([], http_date(0), [http_date(0)]),
+        ([(b"date", DATED)], http_date(0), [DATED]),
+        ([(b"connection", b"date"), (b"date", DATED)], http_date(0), [http_date(0)]),
+    ],
+)
+def test_a_relayed_answer_is_dated_by_the_upstream_where_it_did(
+    upstream: Headers, date: bytes, dates: list[bytes]
+) -> None:
+    assert values(relayed(upstream, date=date), b"date") == dates
 
 
 @pytest.mark.parametrize(
