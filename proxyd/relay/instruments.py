@@ -16,12 +16,16 @@ __all__ = ["Instruments"]
 class Instruments:
     """Counters, gauges and histograms that a relayed request touches."""
 
-    __slots__ = ("_gauges", "_made", "_metrics", "aborts", "bytes", "events", "first_event", "lag", "stalls")
+    __slots__ = (
+        "_gauges", "_made", "_metrics", "aborts", "active_streams", "bytes", "events", "first_event", "lag", "stalls",
+    )  # fmt: skip
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._made: dict[tuple[str, str, str], Counter] = {}
         self._gauges: dict[str, Gauge] = {}
+        self.active_streams = 0
+        """What the gauge proxyd_streams_active says of this worker, all tenants together."""
         self.events = metrics.counter("proxyd_events_relayed_total")
         self.bytes = metrics.counter("proxyd_bytes_relayed_total")
         self.aborts = metrics.counter("proxyd_client_aborts_total")
@@ -48,7 +52,8 @@ class Instruments:
         counter.add(count)
 
     def streams(self, tenant: str, change: int) -> None:
-        """Open streams of a tenant, one more or one less."""
+        """One more or one less of a tenant's admitted requests that asked for a stream and are not over."""
+        self.active_streams += change
         gauge = self._gauges.get(tenant)
         if gauge is None:
             gauge = self._gauges[tenant] = self._metrics.gauge("proxyd_streams_active", tenant=tenant)

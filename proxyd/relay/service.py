@@ -99,8 +99,9 @@ class Relay:
 
     @property
     def streaming(self) -> int:
-        """Answers being relayed."""
-        return len(self._streams)
+        """Admitted requests that asked for a stream and are not over, whether their answer has begun or not. Beside
+        them `_streams` holds JSON answers being relayed, and `_calls` streams that are awaited."""
+        return self._instruments.active_streams
 
     def tick(self, now: float) -> None:
         """Every wheel granularity: sets the coarse time of the exchanges, before the wheel looks at them."""

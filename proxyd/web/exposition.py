@@ -33,7 +33,7 @@ class Family:
 # Names, kinds and labels are the contract's (section 8); a test compares. What this version has not is not here.
 FAMILIES: dict[str, Family] = {
     "proxyd_requests_total": Family("counter", "Answered requests.", ("route", "status")),
-    "proxyd_streams_active": Family("gauge", "Streams being relayed.", ("tenant",)),
+    "proxyd_streams_active": Family("gauge", "Admitted requests for a stream that are not over.", ("tenant",)),
     "proxyd_events_relayed_total": Family("counter", "Events relayed to clients."),
     "proxyd_bytes_relayed_total": Family("counter", "Bytes of streams relayed to clients."),
     "proxyd_time_to_first_event_seconds": Family("histogram", "Request complete to the first event of its answer."),

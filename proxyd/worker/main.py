@@ -54,7 +54,8 @@ class Services(Drainable, Protocol):
 
     @property
     def streams(self) -> int:
-        """Live streams, for the title and status."""
+        """Admitted requests that asked for a stream and are not over: for the title and status, as the metric
+        proxyd_streams_active counts them."""
         ...
 
     async def start(self) -> None:
@@ -108,17 +109,17 @@ def run_worker(
             return EXIT_CANNOT_BOOT
         beat = Beat(region, birth.slot)
 
-        def tick() -> None:
+        def on_pulse() -> None:
             beat.set_streams(services.streams)
-            services.tick()
+            services.pulse()
 
-        pulse.serve(services.pulse, tick, lambda: f"{services.streams} streams")
+        pulse.serve(on_pulse, services.tick, lambda: f"{services.streams} streams")
         _enter(context, State.READY)
         await stop.event.wait()
         _enter(context, State.DRAINING)
         cut = await drain(services, clock, lambda: stop.deadline)
         if cut:
-            log.warning("drain_cut", streams=cut)
+            log.warning("drain_cut", requests=cut)
         await services.close()
         return 0
 

@@ -217,7 +217,7 @@ class WorkerServices:
                 self._log.error("revocation_lost", kind=entry.kind.name.lower(), detail=str(error))
         ended = self._relay.revoke(self._revocations.is_revoked)
         if ended:
-            self._log.info("streams_revoked", streams=ended)
+            self._log.info("requests_revoked", requests=ended)
 
     def _readiness(self) -> Readiness:
         state = self._standing.state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -147,6 +148,44 @@ def test_a_request_that_waits_in_the_backlog_at_term_is_answered(tmp_path: Path,
         assert reply.status in (200, 503)
         if reply.status == 503:
             assert reply.header("retry-after") is not None
+
+
+def test_a_stream_is_counted_from_its_admission_to_its_end_and_a_json_answer_never(
+    tmp_path: Path, upstream: MakeUpstream
+) -> None:
+    go = threading.Event()
+
+    def script(wire: Wire) -> None:
+        if b'"stream": true' not in wire.seen.body:  # half an answer that is relayed as it comes
+            wire.head(200, "application/json", content_length="20")
+            wire.send(b'{"ok":true')
+            go.wait(10)
+            wire.send(b"         }")
+        else:
+            go.wait(10)
+            wire.stream(chat_chunk("x"), FINISH, DONE)
+
+    with node(tmp_path, upstream(script), server="workers = 2") as daemon:
+
+        def counts() -> tuple[int, ...]:
+            """Metric, status, its workers together, the master's title, the workers' titles together."""
+            status = status_of(daemon)
+            titles = [Path(f"/proc/{pid}/cmdline").read_text() for pid in (status["pid"], *daemon.children())]
+            told = [sum(map(int, re.findall(r"(\d+) streams\)", title))) for title in titles]
+            workers = sum(worker["streams"] for worker in status["workers"])
+            metric = daemon.metric("proxyd_streams_active")
+            return int(metric), status["streams"]["active"], workers, told[0], sum(told[1:])
+
+        clients = [daemon.connect() for _ in range(5)]
+        for number, client in enumerate(clients):
+            body = CHAT if number < 3 else {**CHAT, "stream": False}
+            client.sendall(request_bytes("/v1/chat/completions", body, daemon.token()))
+        assert Reply(clients[4]).status == 200
+        wait_for(lambda: counts() == (3, 3, 3, 3, 3))
+        go.set()
+        for client in clients[:3]:
+            assert Reply(client).body().endswith(DONE)
+        wait_for(lambda: counts() == (0, 0, 0, 0, 0))
 
 
 def test_a_killed_worker_costs_the_others_nothing_and_its_counts_stay(tmp_path: Path, upstream: MakeUpstream) -> None:
