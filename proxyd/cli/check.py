@@ -1,4 +1,5 @@
 """`proxyd --check-config`, and the same look before a start: every finding about the file, its secrets and directories.
+Only the command looks at the limit of open files as well: a start raises and judges it for itself (cli/serve).
 
 Owns: the order of the checks, what is printed, the exit code. Must not know: how to start anything; it reads and stats.
 Exit codes: 0 no errors (warnings allowed), 1 errors, 2 the file cannot be read.
@@ -11,13 +12,14 @@ import json
 import os
 import ssl
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from proxyd.config.load import parse, read_text
 from proxyd.config.locate import KeyPath
 from proxyd.config.schema import Config
 from proxyd.config.secrets import Secrets, key_text, resolve
 from proxyd.errors import Finding
+from proxyd.host import limits
 
 OK, ERRORS, UNREADABLE = 0, 1, 2
 
@@ -58,7 +60,7 @@ def examine(path: str, environ: Mapping[str, str]) -> Report:
 def run(path: str, *, as_json: bool, environ: Mapping[str, str] = os.environ) -> int:
     """Prints the report on stdout; returns the exit code."""
     try:
-        report = examine(path, environ)
+        report = _with_open_files(examine(path, environ))
     except OSError as error:
         message = f"cannot read {path}: {error.strerror}"
         if as_json:
@@ -83,6 +85,22 @@ def run(path: str, *, as_json: bool, environ: Mapping[str, str] = os.environ) ->
     if not report.findings:
         print(f"{path}: no findings")
     return report.exit_code
+
+
+def _with_open_files(report: Report) -> Report:
+    """The report with a warning when the connections of the file do not fit the limit. No error: the service may have
+    another limit than the shell in which this runs."""
+    config = report.config
+    if config is None:
+        return report
+    files = limits.decide(sum(one.max_connections for one in config.upstream), limits.allowed_open_files())
+    if not files.problem:
+        return report
+    key: KeyPath = ("upstream", 0, "max_connections")
+    message = f"{files.problem} (the limit of this process; the service may have another)"
+    finding = Finding("warning", config.file, config.line_of(*key), key_text(key), message, files.remedy)
+    found = sorted([*report.findings, finding], key=lambda one: (one.line, one.key))
+    return replace(report, findings=tuple(found))
 
 
 def _host_findings(config: Config) -> list[Finding]:

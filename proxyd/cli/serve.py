@@ -50,8 +50,8 @@ def run(
     server = config.server
     allowed = limits.raise_open_files()
     files = limits.decide(sum(upstream.max_connections for upstream in config.upstream), allowed)
-    if files.warning:
-        print(f"proxyd: {files.warning}", file=sys.stderr)
+    if files.problem:
+        print(f"proxyd: {files.problem}; {files.remedy}", file=sys.stderr)
     if not files.is_enough:
         return 1
     try:

@@ -16,31 +16,37 @@ COMFORTABLE_CLIENTS = 1024  # idle keep-alive clients a worker should hold besid
 
 @dataclass(frozen=True, slots=True)
 class FileLimit:
-    """`is_enough` False refuses the start; `warning` is for the log."""
+    """`is_enough` False refuses the start; `problem` says what is wrong ("" when nothing is), `remedy` what to do."""
 
     needed: int
     wanted: int
     allowed: int
     is_enough: bool
-    warning: str
+    problem: str
+    remedy: str
 
 
 def decide(upstream_connections: int, allowed: int) -> FileLimit:
     """`upstream_connections`: the sum of `max_connections` a worker may open; `allowed`: its limit of open files."""
     needed = int(2 * upstream_connections * HEADROOM) + FIXED
     wanted = needed + COMFORTABLE_CLIENTS
-    warning = ""
+    problem = remedy = ""
     if allowed < needed:
-        warning = (
+        problem = (
             f"open files: the limit of {allowed} is below the {needed} that each worker needs for "
-            f"{upstream_connections} upstream connections; raise LimitNOFILE (or ulimit -n), or lower max_connections"
+            f"{upstream_connections} upstream connections"
         )
+        remedy = "raise LimitNOFILE (or ulimit -n), or lower max_connections"
     elif allowed < wanted:
-        warning = (
-            f"open files: the limit of {allowed} leaves little beside the {needed} that streams may take; "
-            f"{wanted} would keep {COMFORTABLE_CLIENTS} idle clients as well"
-        )
-    return FileLimit(needed, wanted, allowed, allowed >= needed, warning)
+        problem = f"open files: the limit of {allowed} leaves little beside the {needed} that streams may take"
+        remedy = f"{wanted} would keep {COMFORTABLE_CLIENTS} idle clients as well"
+    return FileLimit(needed, wanted, allowed, allowed >= needed, problem, remedy)
+
+
+def allowed_open_files() -> int:
+    """What `raise_open_files` can reach: the hard limit."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return hard if hard != resource.RLIM_INFINITY else 1 << 30
 
 
 def raise_open_files() -> int:
@@ -51,4 +57,4 @@ def raise_open_files() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         except (ValueError, OSError):
             return soft if soft != resource.RLIM_INFINITY else 1 << 30
-    return hard if hard != resource.RLIM_INFINITY else 1 << 30
+    return allowed_open_files()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -106,6 +108,28 @@ def test_json_holds_the_same_findings(node, capsys):
 def test_json_of_an_unreadable_file_is_json_too(tmp_path, capsys):
     assert main(["--check-config", "--json", "-c", str(tmp_path / "none")]) == 2
     assert json.loads(capsys.readouterr().out)["errors"] == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [
+        (1000, "open files: the limit of 1000 is below the 2726 that each worker needs for 1024 upstream connections"),
+        (3000, "open files: the limit of 3000 leaves little beside the 2726 that streams may take"),
+        (3750, "no findings"),
+    ],
+)
+def test_connections_that_do_not_fit_the_limit_of_open_files_are_a_warning_with_the_numbers(node, limit, says):
+    node.path.write_text(node.text)
+    program = [sys.executable, "-m", "proxyd", "--check-config", "-c", str(node.path)]
+    done = subprocess.run(
+        ["sh", "-c", f'ulimit -n {limit} && exec "$@"', "sh", *program], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = done.stdout.splitlines()
+    assert says in line
+    if says != "no findings":
+        assert line.startswith(f"warning {node.path}:")
+        assert "upstream[0].max_connections" in line
 
 
 @pytest.mark.parametrize("name", ["state", "run"])

@@ -55,18 +55,19 @@ def test_inherited_sockets_of_another_process_are_not_taken() -> None:
 def test_too_few_open_files_refuse_and_say_what_to_do() -> None:
     found = limits.decide(1024, 2000)
     assert not found.is_enough
-    assert "LimitNOFILE" in found.warning
+    assert "limit of 2000 is below the 2726" in found.problem
+    assert "LimitNOFILE" in found.remedy
 
 
 def test_a_tight_limit_warns_and_a_wide_one_is_silent() -> None:
     tight = limits.decide(1024, limits.decide(1024, 0).needed)
     assert tight.is_enough
-    assert "leaves little" in tight.warning
-    assert limits.decide(1024, 20_000).warning == ""
+    assert "leaves little" in tight.problem
+    assert limits.decide(1024, 20_000).problem == limits.decide(1024, 20_000).remedy == ""
 
 
 def test_raising_reaches_the_hard_limit() -> None:
     import resource
 
     allowed = limits.raise_open_files()
-    assert allowed == resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert allowed == resource.getrlimit(resource.RLIMIT_NOFILE)[1] == limits.allowed_open_files()
