@@ -22,6 +22,8 @@ from proxyd.errors import ConfigError
 
 TIMEOUT_S = 5.0
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
+# Beats come every 0.1 s; a process that is later than this is stuck or stopped, whatever state it said it is in.
+SILENT_S = 1.0
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -85,13 +87,13 @@ def page(status: dict[str, Any]) -> str:
     requests, streams, telemetry = status["requests"], status["streams"], status["telemetry"]
     lines = [
         f"proxyd {status['version']}: {status['state']}, pid {status['pid']}, up {_span(status['uptime_s'])}",
-        f"requests {requests['answered']}, streams {streams['active']} active, events {streams['events']}, "
-        f"client aborts {requests['client_aborts']}",
+        f"requests: {requests['answered']} answered, {requests['client_aborts']} left by their client",
+        f"streams: {streams['active']} active, {streams['events']} events relayed",
         "",
         *_table(
             ["process", "pid", "state", "streams", "restarts", "up"],
             [[f"worker {worker['slot']}", *_process(worker)] for worker in status["workers"]]
-            + [["telemetry", *_process(telemetry)]],
+            + [["telemetry", *_process(telemetry | {"streams": "-"})]],
         ),
         "",
         *_latencies(status["latency"]),
@@ -109,15 +111,18 @@ def page(status: dict[str, Any]) -> str:
         ]
         lines += ["", *_table(["upstream", "breaker", "connections", "reused", "errors"], rows)]
     rows_text = ", ".join(f"{count} {state}" for state, count in telemetry["rows"].items()) or "none yet"
-    lines += ["", f"telemetry: spool {telemetry['spool_bytes']} bytes, rows {rows_text}"]
+    lines += ["", f"rows: {rows_text}; {telemetry['spool_bytes']} bytes in the spool"]
     if status["sockets"]["time_wait"] is not None:
-        lines.append(f"sockets in TIME_WAIT: {status['sockets']['time_wait']}")
+        lines.append(f"sockets of this host in TIME_WAIT: {status['sockets']['time_wait']}")
     return "\n".join(lines)
 
 
 def _process(process: dict[str, Any]) -> list[str]:
     up = "-" if process["age_s"] is None else _span(process["age_s"])
-    return [str(process["pid"] or "-"), process["state"], str(process["streams"]), str(process["restarts"]), up]
+    state = process["state"]
+    if process["silent_s"] is not None and process["silent_s"] >= SILENT_S:
+        state += f", silent {_span(process['silent_s'])}"
+    return [str(process["pid"] or "-"), state, str(process["streams"]), str(process["restarts"]), up]
 
 
 def _latencies(latency: dict[str, Any]) -> list[str]:
@@ -152,9 +157,13 @@ def _span(seconds: float) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    """Columns of numbers are set to the right, so that their size can be seen."""
+    columns = range(len(head))
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in columns]
+    sides = ["<" if any(row[column][:1].isalpha() for row in rows) else ">" for column in columns]
     return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
+        for row in [head, *rows]
     ]
 
 

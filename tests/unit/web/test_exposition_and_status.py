@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -92,8 +93,8 @@ def test_every_metric_that_the_code_names_is_public_and_in_the_table() -> None:
     assert not LATER & set(FAMILIES)
 
 
-def status(region: Region) -> dict:
-    return build_status(region, 2, read(region, 1000.0), monotonic_s=1000.0, percentiles=[0.5, 0.999], time_wait=4)
+def status(region: Region, percentiles: Sequence[float] = (0.5, 0.999)) -> dict:
+    return build_status(region, 2, read(region, 1000.0), monotonic_s=1000.0, percentiles=percentiles, time_wait=4)
 
 
 def test_status_tells_processes_latencies_and_upstreams() -> None:
@@ -126,3 +127,32 @@ def test_the_page_for_people_names_every_process_and_survives_an_idle_node() -> 
     assert "worker 1" in busy
     assert "relay lag" in busy
     assert "no latencies yet" in idle
+
+
+def test_the_page_fits_80_columns_with_large_numbers_and_sets_them_to_the_right() -> None:
+    region = busy_region()
+    metrics = Metrics(region, 0)
+    metrics.counter("proxyd_requests_total", route="/v1/models", status="200").add(10**10)
+    metrics.counter("proxyd_client_aborts_total").add(10**9)
+    metrics.counter("proxyd_events_relayed_total").add(10**13)
+    metrics.gauge("proxyd_upstream_connections", upstream="up", state="busy").set(16_000)
+    metrics.gauge("proxyd_upstream_connections", upstream="up", state="connecting").set(4_000)
+    for name in ("proxyd_time_to_first_event_seconds", "proxyd_telemetry_lag_seconds", "proxyd_loop_lag_seconds"):
+        metrics.histogram(name).record(0.0012345)
+    for slot, streams in ((0, 30_000), (1, 7)):
+        Beat(region, slot).enter(State.READY)
+        Beat(region, slot).set_streams(streams)
+    lines = page(status(region, [0.5, 0.95, 0.99, 0.999])).splitlines()
+    assert max(map(len, lines)) <= 80, lines
+    rows = [line for line in lines if line.startswith(("process", "worker"))]
+    ends = [line.index(word) + len(word) for line, word in zip(rows, ("streams", "30000", " 7"), strict=True)]
+    assert len(set(ends)) == 1, rows
+
+
+def test_the_page_tells_a_process_that_says_ready_and_does_not_beat() -> None:
+    region = busy_region()
+    for slot in range(2):
+        Beat(region, slot).enter(State.READY)
+    Beat(region, 1).beat(1000.0)
+    text = page(status(region))
+    assert text.count("ready, silent 1") == 1
