@@ -48,8 +48,9 @@ class Book(Protocol):
         upstream: str,
         cached_tokens: int = 0,
         reasoning_tokens: int = 0,
+        ending: tuple[str, bool] | None = None,
     ) -> None:
-        """Its counts so far."""
+        """Its counts so far. `ending`: (status, estimated) that it has ended with, should no final follow."""
         ...
 
     def flush(self) -> None:

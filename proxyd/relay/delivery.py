@@ -151,10 +151,10 @@ def reply_whole(asker: Asker, answer: Answer, body: bytes, observer: Observer | 
     transaction.bytes_out = len(out)
     transaction.first_event()
     tally = settle(observer, ask, observer.text_bytes, status < 400)
-    transaction.secure(tally)
+    answered = "completed" if tap.is_opaque or (status < 400 and not body) else observer.outcome
+    transaction.secure(tally, answered)
     asker.client.reply(status, headers + asker.cors, out)
     cause = Cause.COMPLETE if status < 400 else Cause.REFUSED_BY_UPSTREAM
-    answered = "completed" if tap.is_opaque or (status < 400 and not body) else observer.outcome
     transaction.finish(cause, answered, tally)
 
 

@@ -144,7 +144,7 @@ class Stream:
         self._finish_observer(clean=True)
         if not self.transaction.is_finished and not self._sinking:
             self.transaction.move(Phase.ENDING)
-            self.transaction.secure(self._tally(exchange))
+            self.transaction.secure(self._tally(exchange), self._content())
         if self._translator is not None:
             return self._translator.ending(True)
         return held
@@ -261,10 +261,10 @@ class Stream:
         self._cause = Cause.COMPLETE
         self._release_upstream(reusable=False)
         self._finish_observer(clean=False)
+        self._whole = True
         if not self._sinking:
             self.transaction.move(Phase.ENDING)
-            self.transaction.secure(self._tally(exchange))
-        self._whole = True
+            self.transaction.secure(self._tally(exchange), self._content())
         return True
 
     def _break(self, cause: Cause) -> bytes:
@@ -315,6 +315,12 @@ class Stream:
         completion = estimate(text_bytes) if usage.completion is None else usage.completion
         self.transaction.checkpoint(prompt, completion)
 
+    def _content(self) -> str:
+        """completed, truncated or error: the answer's content. What nobody can read was whole if its framing was."""
+        if self._tap is not None and self._tap.is_opaque and self._whole:
+            return "completed"
+        return self._observer.outcome
+
     def _tally(self, exchange: Exchange) -> Tally:
         """What to book, once the observer has finished."""
         text_bytes = max(exchange.text_bytes, self._observer.text_bytes)
@@ -336,11 +342,9 @@ class Stream:
         transaction.events = exchange.events
         transaction.bytes_in = exchange.bytes_in
         transaction.bytes_out = exchange.bytes_out
-        answer = self._observer.outcome
+        answer = self._content()
         if self._sinking and answer != "error":
             cause, answer = Cause.COMPLETE, "completed"
-        if self._tap is not None and self._tap.is_opaque and self._whole:
-            answer = "completed"
         if transaction.upstream_status >= 400 and cause is Cause.COMPLETE:
             cause = Cause.REFUSED_BY_UPSTREAM
         tally = self._tally(exchange)

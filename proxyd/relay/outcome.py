@@ -4,7 +4,7 @@ Owns: what is written where when a request ends, whatever ended it. Must not kno
 
     Transaction.begin()  -> intent in the spool, before any upstream is contacted
     .checkpoint(...)     -> counts so far, while it streams
-    .secure(tally)       -> the whole answer's counts, written before its last bytes are sent
+    .secure(tally, ...)  -> how it is about to end, written before its last bytes are sent
     .finish(cause, ...)  -> final record, ticket settled or refunded, metrics, access log; later calls do nothing
 
 Invariant: after begin() there is exactly one finish(), or the process died and the spool's reader writes the row.
@@ -154,9 +154,10 @@ class Transaction:
             upstream=self.upstream,
         )
 
-    def secure(self, tally: Tally) -> None:
-        """Writes the counts before the answer's last bytes leave: a client that has its end may take it for billed,
-        and a kill -9 between that send and the end of the turn would leave an estimate. Cost: one write(2)."""
+    def secure(self, tally: Tally, answer: str) -> None:
+        """Writes the end before the answer's last bytes leave: a client that has them may take it for billed, and a
+        kill -9 between that send and finish() would leave an interruption with an estimate. Cost: one write(2)."""
+        cause = Cause.REFUSED_BY_UPSTREAM if self.upstream_status >= 400 else Cause.COMPLETE
         self._book.checkpoint(
             self._txn,
             tally.prompt_tokens,
@@ -167,6 +168,7 @@ class Transaction:
             upstream=self.upstream,
             cached_tokens=tally.cached_tokens,
             reasoning_tokens=tally.reasoning_tokens,
+            ending=(row_status(cause, answer), tally.estimated),
         )
         self._book.flush()
 

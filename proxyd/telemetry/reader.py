@@ -32,6 +32,7 @@ from proxyd.telemetry.record import (
     decode_final,
     decode_intent,
     find_frame,
+    read_ending,
 )
 from proxyd.telemetry.segment import HEADER_BYTES, Header, parse_header, segment_name
 
@@ -232,7 +233,10 @@ class Stream:
 
 
 def interrupted(txn: int, opened: Open) -> Final | None:
-    """The end that a transaction gets when its writer died, with its last checkpoint's counts; None if unreadable."""
+    """The end that a transaction gets when its writer died, with its last checkpoint's counts; None if unreadable.
+
+    A checkpoint that announced the end is that end: the client may have seen it.
+    """
     try:
         intent: Intent = decode_intent(txn, opened.intent)
     except ValueError:
@@ -243,6 +247,7 @@ def interrupted(txn: int, opened: Open) -> Final | None:
             last = decode_checkpoint(txn, opened.checkpoint)
         except ValueError:
             last = Checkpoint(txn, intent.prompt_estimate, 0)
+    status, estimated = read_ending(last.ending) or ("interrupted", 1)
     return Final(
         txn=txn,
         user_id=intent.user_id,
@@ -252,8 +257,8 @@ def interrupted(txn: int, opened: Open) -> Final | None:
         created_at=intent.created_at,
         tenant=intent.tenant,
         request_id=intent.request_id,
-        status="interrupted",
-        estimated=1,
+        status=status,
+        estimated=estimated,
         cached_tokens=last.cached_tokens,
         reasoning_tokens=last.reasoning_tokens,
         upstream=last.upstream or intent.upstream,

@@ -37,7 +37,19 @@ class Kind(IntEnum):
 
 # The contract's words for how a transaction ended; the index is the byte on disk, so only ever append.
 STATUSES: tuple[str, ...] = ("completed", "client_aborted", "upstream_error", "timeout", "interrupted")
+_ESTIMATED = 0x80
 _STATUS_CODES = {status: code for code, status in enumerate(STATUSES)}
+
+
+def ending_of(status: str, estimated: bool) -> int:
+    """The `ending` byte of a checkpoint: a status and whether the counts are ours."""
+    return (_STATUS_CODES[status] + 1) | (_ESTIMATED if estimated else 0)
+
+
+def read_ending(ending: int) -> tuple[str, int] | None:
+    """(status, estimated) of an `ending` byte; None for 0 and for one that this version does not know."""
+    code = (ending & ~_ESTIMATED) - 1
+    return (STATUSES[code], 1 if ending & _ESTIMATED else 0) if 0 <= code < len(STATUSES) else None
 
 
 class Intent(NamedTuple):
@@ -54,7 +66,11 @@ class Intent(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """Counts so far. An empty `upstream` means the intent's."""
+    """Counts so far. An empty `upstream` means the intent's.
+
+    `ending`: 0, or what `ending_of` gives: the answer's last bytes are about to leave, and with them the transaction
+    has ended so. What is recovered from such a checkpoint is that end, and no interruption.
+    """
 
     txn: int
     prompt_tokens: int
@@ -65,6 +81,7 @@ class Checkpoint(NamedTuple):
     ttft_ms: int = 0
     duration_ms: int = 0
     upstream: str = ""
+    ending: int = 0
 
 
 class Final(NamedTuple):
@@ -105,10 +122,10 @@ class Frame(NamedTuple):
 _HEAD = struct.Struct("<HBQ")
 _CRC = struct.Struct("<I")
 _INTENT = struct.Struct("<HBQQHIdBBB")
-_CHECKPOINT = struct.Struct("<HBQIIIIBIIB")
+_CHECKPOINT = struct.Struct("<HBQIIIIBIIBB")
 _FINAL = struct.Struct("<HBQQHIIIIdfBBBIIBBB")
 _INTENT_PAYLOAD = struct.Struct("<QHIdBBB")
-_CHECKPOINT_PAYLOAD = struct.Struct("<IIIIBIIB")
+_CHECKPOINT_PAYLOAD = struct.Struct("<IIIIBIIBB")
 _FINAL_PAYLOAD = struct.Struct("<QHIIIIdfBBBIIBBB")
 
 HEAD_BYTES = _HEAD.size
@@ -140,14 +157,14 @@ def encode_intent(record: Intent, seed: int) -> bytes:
 
 def encode_checkpoint(record: Checkpoint, seed: int) -> bytes:
     """The record's frame."""
-    txn, prompt, completion, cached, reasoning, attempts, ttft_ms, duration_ms, name = record
+    txn, prompt, completion, cached, reasoning, attempts, ttft_ms, duration_ms, name, ending = record
     upstream = _text(name)
     length = _CHECKPOINT_PAYLOAD.size + len(upstream)
-    counts = (prompt, completion, cached, reasoning, attempts, ttft_ms, duration_ms)
+    counts = (prompt, completion, cached, reasoning, attempts, ttft_ms, duration_ms, ending)
     try:
         fixed = _CHECKPOINT.pack(length, Kind.CHECKPOINT, txn, *counts, len(upstream))
     except struct.error:
-        limits = (_U32, _U32, _U32, _U32, _U8, _U32, _U32)
+        limits = (_U32, _U32, _U32, _U32, _U8, _U32, _U32, _U8)
         fixed = _CHECKPOINT.pack(length, Kind.CHECKPOINT, txn, *map(_clamp, counts, limits), len(upstream))
     frame = fixed + upstream
     return frame + _CRC.pack(crc32(frame, seed))
@@ -200,12 +217,12 @@ def decode_intent(txn: int, payload: bytes) -> Intent:
 def decode_checkpoint(txn: int, payload: bytes) -> Checkpoint:
     """The record in a CHECKPOINT frame's payload. Raises ValueError when the payload is not one."""
     try:
-        *counts, length = _CHECKPOINT_PAYLOAD.unpack_from(payload)
+        *counts, ending, length = _CHECKPOINT_PAYLOAD.unpack_from(payload)
     except struct.error as error:
         raise ValueError(str(error)) from error
     (upstream,) = _strings(payload, _CHECKPOINT_PAYLOAD.size, [length])
     prompt, completion, cached, reasoning, attempts, ttft_ms, duration_ms = counts
-    return Checkpoint(txn, prompt, completion, cached, reasoning, attempts, ttft_ms, duration_ms, upstream)
+    return Checkpoint(txn, prompt, completion, cached, reasoning, attempts, ttft_ms, duration_ms, upstream, ending)
 
 
 def decode_final(txn: int, payload: bytes) -> Final:

@@ -5,7 +5,7 @@ Owns nothing but the change of words. Cost: one call and one tuple an entry.
 
 from __future__ import annotations
 
-from proxyd.telemetry.record import Checkpoint, Final, Intent
+from proxyd.telemetry.record import Checkpoint, Final, Intent, ending_of
 from proxyd.telemetry.spool import SpoolWriter
 
 __all__ = ["SpoolBook"]
@@ -48,6 +48,7 @@ class SpoolBook:
         upstream: str,
         cached_tokens: int = 0,
         reasoning_tokens: int = 0,
+        ending: tuple[str, bool] | None = None,
     ) -> None:
         self._spool.checkpoint(
             Checkpoint(
@@ -60,6 +61,7 @@ class SpoolBook:
                 ttft_ms,
                 duration_ms,
                 upstream,
+                ending_of(*ending) if ending is not None else 0,
             )
         )
 

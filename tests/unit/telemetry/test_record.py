@@ -19,7 +19,9 @@ from proxyd.telemetry.record import (
     encode_checkpoint,
     encode_final,
     encode_intent,
+    ending_of,
     find_frame,
+    read_ending,
 )
 from tests.unit.telemetry.world import checkpoint, final, intent
 
@@ -73,7 +75,7 @@ def test_a_final_survives_the_disk(counts: list[int], status: str, estimated: bo
 
 
 def test_a_checkpoint_survives_the_disk() -> None:
-    record = Checkpoint(9, 1, 2, 3, 4, 5, 6, 7, "other")
+    record = Checkpoint(9, 1, 2, 3, 4, 5, 6, 7, "other", ending_of("upstream_error", True))
     frame = frame_of(encode_checkpoint(record, SEED))
     assert decode_checkpoint(frame.txn, frame.payload) == record
 
@@ -132,3 +134,12 @@ def test_a_payload_of_the_wrong_shape_is_a_value_error(decode) -> None:
     for payload in (b"", b"x", b"\xff" * 60, bytes(200)):
         with pytest.raises(ValueError):
             decode(1, payload)
+
+
+def test_an_announced_end_is_read_back_and_an_unknown_one_is_none():
+    for status in STATUSES:
+        for estimated in (False, True):
+            assert read_ending(ending_of(status, estimated)) == (status, int(estimated))
+    assert read_ending(0) is None
+    assert read_ending(0x80) is None
+    assert read_ending(0x7F) is None
