@@ -14,6 +14,7 @@ import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
+from proxyd.cli.output import put
 from proxyd.config.load import parse, read_text
 from proxyd.config.locate import KeyPath
 from proxyd.config.schema import Config
@@ -22,6 +23,7 @@ from proxyd.errors import Finding
 from proxyd.host import limits
 
 OK, ERRORS, UNREADABLE = 0, 1, 2
+WHO = "proxyd --check-config"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,27 +66,22 @@ def run(path: str, *, as_json: bool, environ: Mapping[str, str] = os.environ) ->
     except OSError as error:
         message = f"cannot read {path}: {error.strerror}"
         if as_json:
-            print(json.dumps({"file": path, "unreadable": message, "errors": 1, "warnings": 0, "findings": []}))
+            put(WHO, json.dumps({"file": path, "unreadable": message, "errors": 1, "warnings": 0, "findings": []}))
         else:
-            print(f"error {path}:1: cannot be read: {error.strerror}; name another file with -c")
+            put(WHO, f"error {path}: cannot be read: {error.strerror}; name another file with -c")
         return UNREADABLE
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "file": path,
-                    "errors": report.errors,
-                    "warnings": len(report.findings) - report.errors,
-                    "findings": [asdict(finding) for finding in report.findings],
-                }
-            )
+        text = json.dumps(
+            {
+                "file": path,
+                "errors": report.errors,
+                "warnings": len(report.findings) - report.errors,
+                "findings": [asdict(finding) for finding in report.findings],
+            }
         )
-        return report.exit_code
-    for finding in report.findings:
-        print(finding.text())
-    if not report.findings:
-        print(f"{path}: no findings")
-    return report.exit_code
+    else:
+        text = "\n".join(finding.text() for finding in report.findings) or f"{path}: no findings"
+    return put(WHO, text) or report.exit_code
 
 
 def _with_open_files(report: Report) -> Report:

@@ -13,10 +13,10 @@ import importlib.metadata
 import os
 import platform
 import ssl
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from proxyd import __version__
+from proxyd.cli.output import fail, put
 from proxyd.config.units import UnitError, parse_duration
 
 DEFAULT_FILE = "/etc/proxyd/proxyd.toml"
@@ -28,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv, argparse.Namespace(config=DEFAULT_FILE))
     _refuse_strays(parser, args)
     if args.version:
-        print(version_text())
-        return 0
+        return put("proxyd", version_text())
     if args.command is not None:
         return _command(f"proxyd.cli.{args.command}")(args)
     if args.demo:
@@ -113,8 +112,8 @@ def _check(args: argparse.Namespace) -> int:
     from proxyd.cli import check
 
     if args.probe:
-        print("proxyd: --probe is not available in this version; nothing was checked; leave it off", file=sys.stderr)
-        return check.UNREADABLE
+        message = "--probe is not available in this version; nothing was checked; leave it off"
+        return fail("proxyd", check.UNREADABLE, message)
     return check.run(args.config, as_json=args.json)
 
 
@@ -125,13 +124,13 @@ def _serve(path: str, environ: Mapping[str, str]) -> int:
     try:
         report = check.examine(path, environ)
     except OSError as error:
-        print(f"proxyd: cannot read {path}: {error.strerror}; name a file: -c FILE, or try --demo", file=sys.stderr)
-        return check.UNREADABLE
+        message = f"cannot read {path}: {error.strerror}; name a file: -c FILE, or try --demo"
+        return fail("proxyd", check.UNREADABLE, message)
     for finding in report.findings:
-        print(finding.text(), file=sys.stderr)
+        fail("proxyd", 0, finding.text())
     if report.config is None or report.secrets is None:
-        print(f"proxyd: not started: {report.errors} error(s) in {path}", file=sys.stderr)
-        return check.ERRORS
+        count = f"{report.errors} error{'s' if report.errors > 1 else ''}"
+        return fail("proxyd", check.ERRORS, f"not started: {count} in {path}")
 
     from proxyd.cli.serve import run
     from proxyd.log import Log
@@ -140,8 +139,8 @@ def _serve(path: str, environ: Mapping[str, str]) -> int:
     try:
         log = Log(level=config.log.level, format=config.log.format, access=config.log.access, process="master")
     except OSError as error:
-        print(f"proxyd: cannot open {config.log.access}: {error.strerror}", file=sys.stderr)
-        return check.ERRORS
+        message = f"cannot open {config.log.access}: {error.strerror}; log.access must be writable for this user"
+        return fail("proxyd", check.ERRORS, f"{message} (uid {os.geteuid()}); name another path or stdout")
     return run(config, report.secrets, log)
 
 
@@ -155,7 +154,7 @@ def _count(text: str) -> int:
     """A whole number that fits BIGINT UNSIGNED."""
     if text.isascii() and text.isdigit() and int(text) < 2**64:
         return int(text)
-    raise argparse.ArgumentTypeError("write a whole number without a sign")
+    raise argparse.ArgumentTypeError("write a whole number up to 2^64-1, without a sign")
 
 
 def _duration(text: str) -> float:

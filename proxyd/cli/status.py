@@ -1,7 +1,8 @@
 """`proxyd status`: the running daemon's state, asked over its admin listener.
 
-Owns the request and the page for people. Must not know what the numbers mean to the daemon. Exit codes: 0 shown,
-1 the daemon does not answer or the configuration has errors, 2 the file cannot be read.
+Owns the request and the page for people. Must not know what the numbers mean to the daemon. Of the file it needs
+`server.admin` alone: the daemon that runs may have been started with another text. Exit codes: 0 shown,
+1 the daemon does not answer or `server.admin` is wrong, 2 the file cannot be read.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ import argparse
 import http.client
 import os
 import socket
-import sys
+import textwrap
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
-from proxyd.config.load import load
+from proxyd.cli.output import fail, put
+from proxyd.cli.part import read_part
 from proxyd.config.values import Listen
-from proxyd.errors import ConfigError
 
+WHO = "proxyd status"
 TIMEOUT_S = 5.0
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
 # Beats come every 0.1 s; a process that is later than this is stuck or stopped, whatever state it said it is in.
@@ -41,24 +44,22 @@ class _UnixConnection(http.client.HTTPConnection):
 
 def run(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> int:
     """Prints the state on stdout; messages go to stderr."""
-    try:
-        admin = load(args.config, environ).server.admin
-    except OSError as error:
-        return _fail(2, f"cannot read {args.config}: {error.strerror}; name the daemon's file: -c FILE")
-    except ConfigError as error:
-        return _fail(1, str(error))
+    part = read_part(WHO, args.config, {"server": ("admin",)}, environ)
+    if isinstance(part, int):
+        return part
+    admin = part.config.server.admin
     try:
         answer = fetch(admin)
     except (FileNotFoundError, ConnectionRefusedError):
-        return _fail(1, f"not running: nothing listens on {admin.text}")
+        return fail(WHO, 1, f"not running: nothing listens on {admin.text}; is this the daemon's file? -c FILE")
     except PermissionError:
-        return _fail(1, f"may not connect to {admin.text}: ask as root or as the daemon's user or group")
+        return fail(WHO, 1, f"may not connect to {admin.text}: ask as root or as the daemon's user or group")
     except TimeoutError:
-        return _fail(1, f"{admin.text} does not answer within {TIMEOUT_S:g} s: every worker is busy or stuck")
+        return fail(WHO, 1, f"{admin.text} does not answer within {TIMEOUT_S:g} s: every worker is busy or stuck")
     except (OSError, http.client.HTTPException, ValueError) as error:
-        return _fail(1, f"{admin.text} does not answer as proxyd does: {error}")
-    print(orjson.dumps(answer, option=orjson.OPT_INDENT_2).decode() if getattr(args, "json", False) else page(answer))
-    return 0
+        return fail(WHO, 1, f"{admin.text} does not answer as proxyd does: {error}")
+    as_json = getattr(args, "json", False)
+    return put(WHO, orjson.dumps(answer, option=orjson.OPT_INDENT_2).decode() if as_json else page(answer))
 
 
 def fetch(admin: Listen) -> dict[str, Any]:
@@ -110,11 +111,25 @@ def page(status: dict[str, Any]) -> str:
             for name, upstream in status["upstreams"].items()
         ]
         lines += ["", *_table(["upstream", "breaker", "connections", "reused", "errors"], rows)]
+        for name, upstream in status["upstreams"].items():
+            lines += _troubles(name, upstream)
     rows_text = ", ".join(f"{count} {state}" for state, count in telemetry["rows"].items()) or "none yet"
     lines += ["", f"rows: {rows_text}; {telemetry['spool_bytes']} bytes in the spool"]
     if status["sockets"]["time_wait"] is not None:
         lines.append(f"sockets of this host in TIME_WAIT: {status['sockets']['time_wait']}")
     return "\n".join(lines)
+
+
+def _troubles(name: str, upstream: dict[str, Any]) -> list[str]:
+    """What kinds an upstream's errors are of, and since when it fails; nothing for one without."""
+    lines = []
+    if upstream.get("failing_since"):
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(upstream["failing_since"]))
+        lines.append(f"{name}: failing since {since}: {upstream['failing_kind']}")
+    if upstream["errors"]:
+        kinds = [f"{kind} {count}" for kind, count in upstream["errors"].items()]
+        lines += textwrap.wrap(f"{name} errors: {', '.join(kinds)}", 80, subsequent_indent="  ")
+    return lines
 
 
 def _process(process: dict[str, Any]) -> list[str]:
@@ -165,8 +180,3 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
         "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
         for row in [head, *rows]
     ]
-
-
-def _fail(code: int, message: str) -> int:
-    print(f"proxyd: {message}", file=sys.stderr)
-    return code

@@ -18,6 +18,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,58 @@ def load(path: str, environ: Mapping[str, str] = os.environ) -> Config:
     return config
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some options of a file whose other options may be wrong.
+
+    `config` holds what was asked for, and defaults elsewhere. `model_names`: id to name, as far as the file tells.
+    """
+
+    config: Config
+    model_names: dict[int, str]
+    errors_elsewhere: int
+
+
+def load_part(path: str, wanted: Mapping[str, tuple[str, ...]], environ: Mapping[str, str] = os.environ) -> Part:
+    """Some sections of a file, each with the options that are wanted of it (none named: all of them).
+
+    Raises ConfigError with the findings about these, OSError when the file cannot be read.
+    """
+    text = read_text(path)
+    document, broken = _document(text, path)
+    if document is None:
+        raise ConfigError(broken)
+    lines = locate(text)
+    some: dict[str, Any] = {}
+    for section, options in wanted.items():
+        table = document.get(section, {})
+        if options and isinstance(table, dict):
+            table = {name: value for name, value in table.items() if name in options}
+        some[section] = table
+    finder = _Finder(path, lines, document)
+    config = finder.validate(some)
+    if config is not None:
+        config.remember_origin(path, lines)
+        for problem in rules.check_part(config):
+            if problem.key[0] in wanted and not finder.is_known_bad(problem.key):
+                finder.add(problem.severity, problem.key, problem.message, problem.remedy)
+    failed = [finding for finding in finder.findings if finding.severity == "error"]
+    if config is None or failed:
+        raise ConfigError(failed)
+    elsewhere = sum(finding.severity == "error" for finding in parse(text, path, environ)[1])
+    return Part(config, _model_names(document), elsewhere)
+
+
+def _model_names(document: dict[str, Any]) -> dict[int, str]:
+    models = document.get("model")
+    entries = [one for one in models if isinstance(one, dict)] if isinstance(models, list) else []
+    return {
+        one["id"]: one["name"]
+        for one in entries
+        if type(one.get("id")) is int and isinstance(one.get("name"), str) and one["name"].isprintable()
+    }
+
+
 def read_text(path: str) -> str:
     """The file's text; bytes that are no UTF-8 stay visible as lone surrogates for `parse` to report."""
     with Path(path).open("rb") as file:
@@ -68,7 +121,7 @@ def parse(text: str, path: str, environ: Mapping[str, str] = os.environ) -> tupl
     if document is None:
         return None, broken
     lines = locate(text)
-    finder = _Finder(path, lines)
+    finder = _Finder(path, lines, document)
     config = finder.validate(document)
     if config is not None:
         config.remember_origin(path, lines)
@@ -108,9 +161,10 @@ def _document(text: str, path: str) -> tuple[dict[str, Any] | None, list[Finding
 class _Finder:
     """Findings of one document."""
 
-    def __init__(self, path: str, lines: Lines) -> None:
+    def __init__(self, path: str, lines: Lines, document: dict[str, Any]) -> None:
         self.path = path
         self.lines = lines
+        self.document = document
         self.findings: list[Finding] = []
         self.bad: set[KeyPath] = set()
 

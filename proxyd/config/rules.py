@@ -39,6 +39,12 @@ def check(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
         yield from rule(config)
 
 
+def check_part(config: Config) -> Iterator[Problem]:
+    """The problems that can be seen when sections other than the one in question have their defaults."""
+    yield from _auth(config)
+    yield from _not_yet(config)
+
+
 def _listeners(config: Config) -> Iterator[Problem]:
     server = config.server
     if not server.listen:

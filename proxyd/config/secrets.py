@@ -80,6 +80,14 @@ def resolve(config: Config, environ: Mapping[str, str] = os.environ) -> tuple[Se
     return (None if failed else secrets), reader.findings
 
 
+def resolve_hmac(config: Config, environ: Mapping[str, str] = os.environ) -> tuple[Secrets | None, list[Finding]]:
+    """The secret of session tokens alone: no other file is opened."""
+    reader = _Reader(config, environ)
+    secrets = Secrets(jwt=reader.hmac_secret())
+    failed = any(finding.severity == "error" for finding in reader.findings)
+    return (None if failed else secrets), reader.findings
+
+
 class _Reader:
     """Collects findings while it reads."""
 

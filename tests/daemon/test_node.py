@@ -308,7 +308,7 @@ def test_status_of_a_daemon_that_is_not_running_says_so(shared: Daemon, tmp_path
     other = Daemon(tmp_path, text)
     found = run_status(other)
     assert found.returncode == 1
-    assert found.stderr.startswith("proxyd: not running: nothing listens on unix:")
+    assert found.stderr.startswith("proxyd status: not running: nothing listens on unix:")
 
 
 def test_a_second_daemon_with_the_same_file_is_refused_and_the_first_serves_on(shared: Daemon) -> None:

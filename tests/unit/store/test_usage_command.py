@@ -57,10 +57,36 @@ def test_the_window_bounds_what_is_counted(tmp_path: Path, capsys: pytest.Captur
     assert document["by_status"]["completed"]["transactions"] == 1
 
 
-def test_a_user_without_rows_has_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_without_rows_is_told_in_words_and_in_json_as_zero(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     put(tmp_path / "telemetry.db", row())
-    assert command(tmp_path, "--user", "1") == 0
-    assert capsys.readouterr().out.splitlines()[1].split() == ["user", "1", "0", "0", "0", "0", "0.0%"]
+    assert command(tmp_path, "--user", "999") == 0
+    assert capsys.readouterr().out == "no rows for user 999 in 24h\n"
+    assert command(tmp_path, "--user", "999", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["transactions"] == 0
+
+
+def test_models_have_the_names_of_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "telemetry.db", row(model_id=1), row(model_id=7))
+    assert command(tmp_path, "--user", "42") == 0
+    page = capsys.readouterr().out
+    assert "\nmodel m (id 1) " in page
+    assert "\nmodel 7 " in page
+    assert command(tmp_path, "--user", "42", "--json") == 0
+    by_model = json.loads(capsys.readouterr().out)["by_model"]
+    assert {key: value["name"] for key, value in by_model.items()} == {"1": "m", "7": None}
+
+
+def test_a_store_of_another_user_is_one_line_with_a_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "telemetry.db", row())
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert command(tmp_path, "--user", "42") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"proxyd usage: {tmp_path}/telemetry.db: may not be read by this user (uid ")
+    assert "as root or as the daemon's user" in line
 
 
 def test_no_store_yet_is_an_error_in_plain_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,125 @@
+"""token, usage and status: which part of the file they need, and who does not take their output."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from proxyd.cli.main import main
+
+SECRET = "0123456789abcdef0123456789abcdef"
+# Everything is wrong but [auth], server.admin and telemetry.sink.
+TEXT = """[server]
+listen = ["nonsense"]
+admin = "unix:{root}/admin.sock"
+workers = -1
+[auth]
+secret_file = "{root}/jwt.secret"
+[telemetry]
+sink = "sqlite:///{root}/t.db"
+linger = 4
+[tasks]
+[[upstream]]
+name = "a"
+url = "gopher://nowhere"
+api_key_file = "/nonexistent/key"
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "jwt.secret").write_text(SECRET)
+    (tmp_path / "jwt.secret").chmod(0o600)
+    (tmp_path / "proxyd.toml").write_text(TEXT.format(root=tmp_path))
+    return tmp_path / "proxyd.toml"
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
+    captured = capsys.readouterr()
+    return captured.out.splitlines(), captured.err.splitlines()
+
+
+def test_a_token_needs_nothing_of_the_file_but_auth(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-c", str(file), "token", "--user", "7"]) == 0
+    (token,), (warning,) = said(capsys)
+    assert token.count(".") == 2
+    assert warning.startswith(f"proxyd token: warning: {file} has ")
+    assert "--check-config" in warning
+
+
+def test_a_token_opens_no_key_of_an_upstream(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = TEXT.replace("nonsense", "127.0.0.1:0").replace("gopher:", "https:").replace("workers = -1\n", "")
+    good = good.replace("linger = 4\n", "").replace("[tasks]\n", "")
+    file.write_text(good.format(root=file.parent) + '[[model]]\nname = "m"\nid = 1\nupstreams = ["a"]\n')
+    assert main(["-c", str(file), "token", "--user", "7"]) == 0
+    assert said(capsys)[1] == []
+
+
+def test_a_fault_of_the_part_itself_refuses(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = file.read_text()
+    file.write_text(text.replace("[auth]", "[auth]\nleeway = 5"))
+    assert main(["-c", str(file), "token", "--user", "7"]) == 1
+    (line,) = said(capsys)[1]
+    assert line.startswith(f"proxyd token: error {file}:6 auth.leeway: ")
+    file.write_text(text.replace("unix:", "unix!"))
+    assert main(["-c", str(file), "status"]) == 1
+    assert "server.admin" in said(capsys)[1][0]
+    file.write_text(text.replace("sqlite:", "oracle:"))
+    assert main(["-c", str(file), "usage", "--user", "7"]) == 1
+    assert "telemetry.sink" in said(capsys)[1][0]
+
+
+def test_status_and_usage_come_as_far_as_the_daemon_and_the_store(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["-c", str(file), "status"]) == 1
+    lines = said(capsys)[1]
+    assert f"not running: nothing listens on unix:{file.parent}/admin.sock" in lines[-1]
+    assert main(["-c", str(file), "usage", "--user", "7"]) == 1
+    more = said(capsys)[1]
+    assert "no telemetry store there yet" in more[-1]
+    assert all(line.startswith(("proxyd status: ", "proxyd usage: ")) for line in lines + more)
+
+
+@pytest.mark.parametrize("command", [["status"], ["token", "--user", "1"], ["usage", "--user", "1"]])
+def test_without_a_file_the_option_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    assert main(["-c", f"{tmp_path}/none.toml", *command]) == 2
+    (line,) = said(capsys)[1]
+    assert line.startswith(f"proxyd {command[0]}: cannot read {tmp_path}/none.toml: No such file")
+    assert line.endswith("-c FILE")
+
+
+def test_a_number_that_is_too_large_is_told_the_largest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["token", "--user", "99999999999999999999999"])
+    assert "up to 2^64-1" in capsys.readouterr().err
+
+
+def run(file: Path, shell: str) -> subprocess.CompletedProcess[str]:
+    script = f'"{sys.executable}" -m proxyd -c "{file}" {shell}'
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+
+
+def test_a_reader_that_left_is_told_nothing(file: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        for command in (["token", "--user", "7"], ["--check-config"], ["--version"]):
+            argv = [sys.executable, "-m", "proxyd", "-c", str(file), *command]
+            found = subprocess.run(argv, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+            assert found.returncode == 1
+            assert [line for line in found.stderr.splitlines() if "warning" not in line] == []
+    finally:
+        os.close(writing)
+
+
+def test_a_full_disk_is_one_line(file: Path) -> None:
+    found = run(file, "token --user 7 > /dev/full")
+    assert found.returncode == 1
+    assert found.stderr.splitlines()[1:] == ["proxyd token: cannot write to stdout: No space left on device"]
