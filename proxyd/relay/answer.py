@@ -114,7 +114,7 @@ _REFUSALS: dict[UpstreamErrorKind, tuple[int, str, Cause, str]] = {
     _Kind.RESOLVE: (502, "upstream_unreachable", Cause.UPSTREAM_UNREACHABLE, "Its name could not be resolved."),
     _Kind.REFUSED: (502, "upstream_unreachable", Cause.UPSTREAM_UNREACHABLE, "It refused the connection."),
     _Kind.UNREACHABLE: (502, "upstream_unreachable", Cause.UPSTREAM_UNREACHABLE, "It could not be reached."),
-    _Kind.TLS: (502, "upstream_tls", Cause.UPSTREAM_UNREACHABLE, "No secure connection to it."),
+    _Kind.TLS: (502, "upstream_tls", Cause.UPSTREAM_TLS, "No secure connection to it."),
     _Kind.RESET: (502, "upstream_reset", Cause.UPSTREAM_BROKEN, "It closed the connection."),
     _Kind.EOF_BEFORE_HEAD: (502, "upstream_reset", Cause.UPSTREAM_BROKEN, "It closed without an answer."),
     _Kind.BAD_HEAD: (502, "upstream_bad_answer", Cause.UPSTREAM_BROKEN, "Its answer could not be read."),

@@ -22,7 +22,7 @@ from proxyd.front.replies import Framing, relay_head
 from proxyd.relay.answer import Answer, Way, relayable, site_headers
 from proxyd.relay.deadlines import Limits
 from proxyd.relay.exchange import Shared, Stream, tls_of
-from proxyd.relay.outcome import Transaction
+from proxyd.relay.outcome import Transaction, error_words
 from proxyd.relay.states import Cause, Phase
 from proxyd.relay.tap import Tap
 from proxyd.upstream.connection import Connection
@@ -155,7 +155,7 @@ def reply_whole(asker: Asker, answer: Answer, body: bytes, observer: Observer | 
     transaction.secure(tally, answered)
     asker.client.reply(status, headers + asker.cors, out)
     cause = Cause.COMPLETE if status < 400 else Cause.REFUSED_BY_UPSTREAM
-    transaction.finish(cause, answered, tally)
+    transaction.finish(cause, answered, tally, detail=error_words(observer.error))
 
 
 def _framing(version: tuple[int, int], kind: int, length: int, is_sse: bool) -> tuple[Framing, int]:

@@ -29,7 +29,7 @@ from proxyd.front.connection import ClientConnection
 from proxyd.front.wheel import NEVER, NOT_PARKED, Wheel
 from proxyd.log import Log
 from proxyd.relay.deadlines import Due, Limits, Times, decide_due
-from proxyd.relay.outcome import Transaction
+from proxyd.relay.outcome import Transaction, error_words
 from proxyd.relay.states import Cause, Phase
 from proxyd.relay.tap import Tap
 from proxyd.upstream.connection import Connection
@@ -354,7 +354,7 @@ class Stream:
                 self._client.abort()
             else:
                 self._client.end_stream(self._keep_alive and self._whole, pipelined)
-        transaction.finish(cause, answer, tally, detail=self._detail)
+        transaction.finish(cause, answer, tally, detail=self._detail or error_words(self._observer.error))
 
 
 def tls_of(connection: Connection) -> ssl.SSLSocket | None:

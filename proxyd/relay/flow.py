@@ -70,7 +70,7 @@ class Call:
     """One admitted request until it streams or is answered."""
 
     __slots__ = (
-        "_ask", "_client", "_connection", "_cors", "_headers", "_model", "_origin", "_outgoing", "_query",
+        "_ask", "_client", "_connection", "_cors", "_headers", "_key", "_model", "_origin", "_outgoing", "_query",
         "_retried", "_sent", "_services", "_stop_cause", "_task", "_version", "transaction",
     )  # fmt: skip
 
@@ -98,6 +98,7 @@ class Call:
         self._outgoing: Outgoing | None = None
         self._retried = False
         self._sent = False
+        self._key = "none"
         self._stop_cause = Cause.CLIENT_GONE
         self._task: asyncio.Task[None] | None = None
 
@@ -149,7 +150,7 @@ class Call:
                     answer = await self._ask_origin(origin)
                 except UpstreamError as error:
                     failed = error
-                    services.upstreams.report(origin, False, error.kind)
+                    services.upstreams.report(origin, False, error.kind, error.detail)
                     self._close_upstream()
                     if error.sent:
                         self._refuse(refusal_of(error), cause_of(error), self._spent(), str(error))
@@ -159,6 +160,8 @@ class Call:
                     continue
                 status = answer.head.status
                 services.upstreams.report(origin, status < 400, status)
+                if status in (401, 403):
+                    services.upstreams.report_refused_key(origin, status, self._key)
                 if fails_over(status):
                     following = plan.next()
                     spare = self._fallback(model) if following is None else None
@@ -172,7 +175,10 @@ class Call:
                 try:
                     await self._give(answer)
                 except UpstreamError as error:
-                    services.upstreams.report(origin, False, error.kind)
+                    services.upstreams.report(origin, False, error.kind, error.detail)
+                    services.log.warning(
+                        "upstream_failed", upstream=origin.name, kind=error.kind.value, detail=error.detail
+                    )
                     self._close_upstream()
                     self._refuse(refusal_of(error), cause_of(error), self._spent(), str(error))
                 return
@@ -241,6 +247,7 @@ class Call:
         outgoing = self._outgoing = build(self._ask, connection.origin.dialect, self._upstream_model(), inject)
         transaction.move(Phase.SENDING)
         self._sent = True
+        self._key = connection.origin.next_key  # taken by send_request before it first waits
         await send_request(connection, outgoing, self._headers, self._query, transaction.request_id, patience)
         transaction.move(Phase.AWAITING)
         answer = await read_head(connection, patience)

@@ -12,7 +12,8 @@ Invariant: after begin() there is exactly one finish(), or the process died and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from proxyd.access.admission import Ticket
@@ -24,11 +25,25 @@ from proxyd.relay.book import Book
 from proxyd.relay.instruments import Instruments
 from proxyd.relay.states import Cause, Phase, row_status, transition
 
-__all__ = ["CLIENT_LEFT", "NOTHING_SPENT", "Transaction"]
+__all__ = ["CLIENT_LEFT", "NOTHING_SPENT", "Transaction", "error_words"]
 
 # The status in log and metric of a request whose client left before any answer, as in nginx's logs.
 CLIENT_LEFT = 499
 NOTHING_SPENT = Tally(0, 0, 0, 0, True)
+# A provider's own word for an error. Prose, which may quote the prompt, is none.
+_WORD = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
+
+
+def error_words(error: Mapping[str, Any] | None) -> str:
+    """The type and code of a provider's error object for the log: `type=... code=...`; never its message."""
+    found = []
+    for name in ("type", "code"):
+        value = (error or {}).get(name)
+        if type(value) is int:
+            value = str(value)
+        if isinstance(value, str) and _WORD.fullmatch(value):
+            found.append(f"{name}={value}")
+    return " ".join(found)
 
 
 class Transaction:

@@ -287,7 +287,7 @@ class Relay:
     def on_upstream_end(self, connection: Connection, kind: UpstreamErrorKind | None, detail: str) -> None:
         """A body ended; how it began was reported when its head came."""
         if kind is not None:
-            self.upstreams.report(connection.origin, False, kind)
+            self.upstreams.report(connection.origin, False, kind, detail)
             self.log.warning("upstream_failed", upstream=connection.origin.name, kind=kind.value, detail=detail)
 
     def on_streaming(self, call: Call, stream: Stream) -> None:

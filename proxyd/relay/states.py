@@ -63,7 +63,8 @@ class Cause(StrEnum):
     CLIENT_GONE = "client_gone"
     SLOW_CLIENT = "slow_client"
     UPSTREAM_BROKEN = "upstream_broken"  # cut, reset, bad framing
-    UPSTREAM_UNREACHABLE = "upstream_unreachable"  # no answer at all: connect, TLS, DNS, EOF before a head
+    UPSTREAM_UNREACHABLE = "upstream_unreachable"  # no connection: refused, no route, DNS, all of ours busy
+    UPSTREAM_TLS = "upstream_tls"  # no secure connection
     FIRST_BYTE_TIMEOUT = "first_byte_timeout"
     IDLE_TIMEOUT = "idle_timeout"
     TOTAL_TIMEOUT = "total_timeout"
@@ -80,6 +81,7 @@ _ROW_STATUS = {
     Cause.SLOW_CLIENT: "client_aborted",
     Cause.UPSTREAM_BROKEN: "upstream_error",
     Cause.UPSTREAM_UNREACHABLE: "upstream_error",
+    Cause.UPSTREAM_TLS: "upstream_error",
     Cause.FIRST_BYTE_TIMEOUT: "timeout",
     Cause.IDLE_TIMEOUT: "timeout",
     Cause.TOTAL_TIMEOUT: "timeout",

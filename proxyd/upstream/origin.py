@@ -64,6 +64,11 @@ class Origin:
             base = base[: -len("/v1")]
         return (base + path).encode("ascii")
 
+    @property
+    def next_key(self) -> str:
+        """Which key `auth_headers` gives next, for the log: "2 of 3", never the key; "none" without one."""
+        return f"{self._turn + 1} of {len(self._header_sets)}" if self._header_sets else "none"
+
     def auth_headers(self) -> list[tuple[bytes, bytes]]:
         """The credentials for one request; several keys take turns. Empty without a key. A new list each time."""
         if not self._header_sets:

@@ -1,6 +1,7 @@
 """The room's face: one object per worker that knows every configured upstream.
 
-Owns: origins, their keepers, the resolver, breakers and the error metrics. Must not know: HTTP, requests, clients.
+Owns: origins, their keepers, the resolver, breakers, the error metrics, and that failures are told. Must not know:
+HTTP, requests, clients.
 Made after the fork (it opens trust stores and belongs to one loop). The relay's use of it:
 
     plan = upstreams.plan(model, {"openai"})
@@ -8,7 +9,7 @@ Made after the fork (it opens trust stores and belongs to one loop). The relay's
         conn = await upstreams.acquire(origin, timeout_s=...)     raises UpstreamError
         ... conn.send, conn.recv ...
         conn.release(reusable)
-        upstreams.report(origin, ok, kind)                        once per attempt, also for what acquire raised
+        upstreams.report(origin, ok, kind, detail)                once per attempt, also for what acquire raised
 
 Invariants: `acquire` never reports, whoever gets its error does: nothing is counted twice. No key leaves but in
 `Origin.auth_headers`.
@@ -34,6 +35,7 @@ from proxyd.upstream.keeper import Keeper, Surroundings
 from proxyd.upstream.origin import Origin
 from proxyd.upstream.resolve import Resolver
 from proxyd.upstream.tls import OriginTls
+from proxyd.upstream.trouble import Trouble
 
 
 class Plan:
@@ -59,6 +61,7 @@ class Upstreams:
     """See the head of the file. `retries` is the worker's retry budget over all upstreams."""
 
     __slots__ = (
+        "_answered_gauges",
         "_balancer",
         "_breaker_gauges",
         "_clock",
@@ -66,6 +69,8 @@ class Upstreams:
         "_log",
         "_metrics",
         "_resolver",
+        "_since_gauges",
+        "_troubles",
         "origins",
         "retries",
     )
@@ -88,12 +93,21 @@ class Upstreams:
         self.origins: dict[str, Origin] = {}
         self._keepers: dict[str, Keeper] = {}
         self._breaker_gauges = {}
+        self._troubles: dict[str, Trouble] = {}
+        # For status only, in wall seconds: when the trouble began, by the kind it has now (zeroed when it is over), and
+        # when it last answered.
+        self._since_gauges: dict[str, dict[str, Any]] = {}
+        self._answered_gauges = {}
         for section in config.upstream:
             origin = Origin(section, secrets.upstream_keys.get(section.name, ()))
             self.origins[origin.name] = origin
             dialer = Dialer(origin, self._resolver, loop, log)
             self._keepers[origin.name] = Keeper(origin, dialer, _tls_of(origin), around)
             self._breaker_gauges[origin.name] = metrics.gauge("proxyd_breaker_state", upstream=origin.name)
+            address = f"[{origin.host}]:{origin.port}" if ":" in origin.host else f"{origin.host}:{origin.port}"
+            self._troubles[origin.name] = Trouble(origin.name, address, log)
+            self._since_gauges[origin.name] = {}
+            self._answered_gauges[origin.name] = metrics.gauge("_answered_at", upstream=origin.name)
         self._balancer = Balancer(
             {section.name: section.weight for section in config.upstream}, [model.upstreams for model in config.model]
         )
@@ -107,8 +121,11 @@ class Upstreams:
         """A connection for one exchange; see `Keeper.acquire`. `fresh`: one that never carried a request."""
         return await self._keepers[origin.name].acquire(timeout_s, fresh)
 
-    def report(self, origin: Origin, ok: bool, kind: UpstreamErrorKind | int | None = None) -> None:
+    def report(
+        self, origin: Origin, ok: bool, kind: UpstreamErrorKind | int | None = None, detail: str = ""
+    ) -> None:
         """How an attempt ended: `ok` (the upstream answered as it should), or with which error kind or HTTP status.
+        `detail` is for the log: the address and the system's own words.
 
         A status may be given with either `ok`; what counts as the upstream's failure is the table in `balance`. A
         client's own 4xx is not counted among the upstream's errors.
@@ -127,6 +144,11 @@ class Upstreams:
             ends_s = self._balancer.breaker(origin.name).until_s() - now
             self._log.warning("upstream_ejected", upstream=origin.name, kind=str(kind), seconds=round(ends_s))
         self._show_breaker(origin.name, now)
+        self._tell(origin.name, outcome, kind, detail, now)
+
+    def report_refused_key(self, origin: Origin, status: int, key: str) -> None:
+        """401 or 403: the upstream does not take the key that `key` names by its number, as `Origin.next_key` does."""
+        self._troubles[origin.name].on_key_refused(status, key, self._clock.monotonic())
 
     def tick(self) -> None:
         """Once a second: expiry and age of idle connections, breaker gauges."""
@@ -134,6 +156,10 @@ class Upstreams:
         for name, keeper in self._keepers.items():
             keeper.tick()
             self._show_breaker(name, now)
+            trouble = self._troubles[name]
+            if trouble.has_answered:
+                trouble.has_answered = False
+                self._answered_gauges[name].set(int(self._clock.wall()))
 
     async def close(self) -> None:
         """Idle connections close, waiters are refused, dials and lookups end; busy connections close on release."""
@@ -152,6 +178,25 @@ class Upstreams:
     def _choose(self, model: ModelConfig, names: Collection[str], tried: Collection[str]) -> Origin | None:
         name = self._balancer.choose(model.upstreams, names, tried, self._clock.monotonic())
         return None if name is None else self.origins[name]
+
+    def _tell(
+        self, name: str, outcome: Verdict, kind: UpstreamErrorKind | int | None, detail: str, now: float
+    ) -> None:
+        """The events about an upstream that fails or works again, and since when, for status."""
+        trouble, gauges = self._troubles[name], self._since_gauges[name]
+        if outcome is Verdict.BAD and kind is not None:
+            before = trouble.kind
+            is_first = trouble.on_failure(kind, detail, now)
+            if trouble.kind != before:
+                since = gauges[before].value if before else 0
+                for gauge in gauges.values():
+                    gauge.set(0)
+                if trouble.kind not in gauges:
+                    gauges[trouble.kind] = self._metrics.gauge("_failing_since", upstream=name, kind=trouble.kind)
+                gauges[trouble.kind].set(int(self._clock.wall()) if is_first else since)
+        elif outcome is Verdict.GOOD and trouble.on_answer(now):
+            for gauge in gauges.values():
+                gauge.set(0)
 
     def _show_breaker(self, name: str, now: float) -> None:
         state: BreakerState = self._balancer.breaker(name).state(now)

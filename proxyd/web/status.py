@@ -11,7 +11,7 @@ from typing import Any
 
 from proxyd import __version__
 from proxyd.shm.beats import Beat
-from proxyd.shm.metrics import Distribution, Labels, Snapshot
+from proxyd.shm.metrics import Distribution, Labels, Snapshot, read
 from proxyd.shm.region import Region
 from proxyd.web.exposition import FAMILIES, reuse_ratios
 
@@ -56,7 +56,7 @@ def build_status(
             if family.kind == "histogram"
         },
         "tokens": _by(snapshot.counters, "proxyd_tokens_total", "kind"),
-        "upstreams": _upstreams(snapshot),
+        "upstreams": _upstreams(snapshot, _failing(region, workers, snapshot, monotonic_s)),
         "telemetry": _process(region, workers, monotonic_s)
         | {
             "spool_bytes": sum(snapshot.gauges.get("proxyd_telemetry_spool_bytes", {}).values()),
@@ -95,7 +95,21 @@ def _by(series: dict[str, dict[Labels, int]], name: str, label: str) -> dict[str
     return dict(sorted(found.items()))
 
 
-def _upstreams(snapshot: Snapshot) -> dict[str, Any]:
+def _failing(region: Region, workers: int, snapshot: Snapshot, monotonic_s: float) -> dict[str, tuple[int, str]]:
+    """Of upstreams that fail: since when (wall seconds), and how. A worker that nobody has asked since another got an
+    answer knows nothing newer."""
+    answered = snapshot.highest.get("_answered_at", {})
+    found: dict[str, tuple[int, str]] = {}
+    for slot in range(workers):
+        for labels, since in read(region, monotonic_s, [slot]).gauges.get("_failing_since", {}).items():
+            given = dict(labels)
+            name = given["upstream"]
+            if since and since >= answered.get((("upstream", name),), 0):
+                found[name] = min(found.get(name, (since, given["kind"])), (since, given["kind"]))
+    return found
+
+
+def _upstreams(snapshot: Snapshot, failing: dict[str, tuple[int, str]]) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
 
     def entry(labels: Labels) -> tuple[dict[str, Any], dict[str, str]]:
@@ -106,6 +120,8 @@ def _upstreams(snapshot: Snapshot) -> dict[str, Any]:
             "connects": 0,
             "reuse_ratio": None,
             "errors": {},
+            "failing_since": None,
+            "failing_kind": None,
         }
         return found.setdefault(given.get("upstream", ""), empty), given
 
@@ -121,4 +137,9 @@ def _upstreams(snapshot: Snapshot) -> dict[str, Any]:
         upstream["errors"][given.get("kind", "")] = value
     for labels, value in snapshot.highest.get("proxyd_breaker_state", {}).items():
         entry(labels)[0]["breaker"] = _BREAKER.get(value, str(value))
+    for name, (since, kind) in failing.items():
+        upstream = entry((("upstream", name),))[0]
+        upstream["failing_since"], upstream["failing_kind"] = since, kind
+        if upstream["breaker"] == _BREAKER[0]:
+            upstream["breaker"] = "failing"  # closed, for nobody else could be asked
     return dict(sorted(found.items()))

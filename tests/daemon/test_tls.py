@@ -330,7 +330,7 @@ def test_an_upstream_that_cannot_be_trusted_is_a_502_and_a_plain_line(model: str
     assert (row["status"], row["prompt_tokens"], row["upstream"]) == ("upstream_error", 0, model)
     (line,) = wait_for(lambda: [line for line in stage.daemon.access_log() if line.get("upstream") == model])
     assert reason in line["detail"]
-    assert line["cause"] == "upstream_unreachable"
+    assert line["cause"] == "upstream_tls"
     assert "localhost" not in got.decode()  # the client is not told where it is
 
 

@@ -221,7 +221,8 @@ def test_reports_eject_count_and_show_in_the_gauge(in_loop: Callable[..., None])
         assert read("proxyd_upstream_errors_total", upstream="a", kind="reset") == 3
         assert read("proxyd_upstream_errors_total", upstream="a", kind="status_429") == 1
         assert read("proxyd_upstream_errors_total", upstream="b", kind="status_404") == 0
-        assert world.log.lines == [("upstream_ejected", {"upstream": "a", "kind": "529", "seconds": 30})]
+        assert [event for event, _ in world.log.lines] == ["upstream_failing", "upstream_ejected"]
+        assert world.log.lines[1][1] == {"upstream": "a", "kind": "529", "seconds": 30}
         plan = upstreams.plan(model, {"openai", "anthropic"})
         assert [plan.next(), plan.next()] == [upstreams.origins["b"], None]
         assert upstreams.plan(model, {"embedded"}).next() is None

@@ -118,8 +118,27 @@ def test_status_tells_processes_latencies_and_upstreams() -> None:
         "connects": 0,
         "reuse_ratio": 0.5,
         "errors": {},
+        "failing_since": None,
+        "failing_kind": None,
     }
     assert document["sockets"] == {"time_wait": 4}
+
+
+def test_an_upstream_that_fails_and_has_no_other_beside_it_does_not_read_as_healthy() -> None:
+    region = Region.create(4)
+    for slot, since in ((0, 1_000_100), (1, 1_000_050)):
+        metrics = Metrics(region, slot)
+        metrics.gauge("proxyd_breaker_state", upstream="up").set(0)
+        metrics.gauge("_failing_since", upstream="up", kind="refused").set(since)
+        metrics.counter("proxyd_upstream_errors_total", upstream="up", kind="refused").add(30)
+    told = status(region)["upstreams"]["up"]
+    assert (told["breaker"], told["failing_since"], told["failing_kind"]) == ("failing", 1_000_050, "refused")
+    assert "up: failing since 1970-01-12 13:47:30 UTC: refused" in page(status(region))
+    assert "up errors: refused 60" in page(status(region))
+    Metrics(region, 1).gauge("_answered_at", upstream="up").set(1_000_060)
+    assert status(region)["upstreams"]["up"]["failing_since"] == 1_000_100
+    Metrics(region, 1).gauge("_answered_at", upstream="up").set(1_000_101)
+    assert status(region)["upstreams"]["up"]["breaker"] == "closed"
 
 
 def test_the_page_for_people_names_every_process_and_survives_an_idle_node() -> None:
