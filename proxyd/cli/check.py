@@ -1,5 +1,7 @@
 """`proxyd --check-config`, and the same look before a start: every finding about the file, its secrets and directories.
-Only the command looks at the limit of open files as well: a start raises and judges it for itself (cli/serve).
+Only the command looks at the limit of open files and into the store as well: a start raises and judges the one for
+itself (cli/serve), and does not wait for the other. What would refuse a start is an error; what may be otherwise for
+the user or the unit that starts it is a warning.
 
 Owns: the order of the checks, what is printed, the exit code. Must not know: how to start anything; it reads and stats.
 Exit codes: 0 no errors (warnings allowed), 1 errors, 2 the file cannot be read.
@@ -11,7 +13,8 @@ from __future__ import annotations
 import json
 import os
 import ssl
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from proxyd.cli.output import put
@@ -21,9 +24,18 @@ from proxyd.config.schema import Config
 from proxyd.config.secrets import Secrets, key_text, resolve
 from proxyd.errors import Finding
 from proxyd.host import limits
+from proxyd.store.schema import StoreError
+from proxyd.store.sink import sqlite_path
 
 OK, ERRORS, UNREADABLE = 0, 1, 2
 WHO = "proxyd --check-config"
+# StateDirectory= and RuntimeDirectory= of the unit: they exist once it starts.
+_MADE_BY_SYSTEMD = ("/var/lib/proxyd", "/run/proxyd")
+# The first bytes of every SQLite 3 file: sqlite.org/fileformat.html, 1.2.1. A new one is empty.
+_SQLITE_MAGIC = b"SQLite format 3\0"
+
+# Is it an error, about which option, what is wrong, what to do.
+_Found = tuple[bool, KeyPath, str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +74,7 @@ def examine(path: str, environ: Mapping[str, str]) -> Report:
 def run(path: str, *, as_json: bool, environ: Mapping[str, str] = os.environ) -> int:
     """Prints the report on stdout; returns the exit code."""
     try:
-        report = _with_open_files(examine(path, environ))
+        report = _with_surroundings(examine(path, environ))
     except OSError as error:
         message = f"cannot read {path}: {error.strerror}"
         if as_json:
@@ -84,52 +96,86 @@ def run(path: str, *, as_json: bool, environ: Mapping[str, str] = os.environ) ->
     return put(WHO, text) or report.exit_code
 
 
-def _with_open_files(report: Report) -> Report:
-    """The report with a warning when the connections of the file do not fit the limit. No error: the service may have
-    another limit than the shell in which this runs."""
+def _with_surroundings(report: Report) -> Report:
+    """The report with what does not hold a start up, or what a start judges for itself."""
     config = report.config
     if config is None:
         return report
+    more = _findings(config, [*_open_files(config), *_store(config)])
+    return replace(report, findings=tuple(sorted([*report.findings, *more], key=lambda one: (one.line, one.key))))
+
+
+def _open_files(config: Config) -> Iterator[_Found]:
+    """No error: the service may have another limit than the shell in which this runs."""
     files = limits.decide(sum(one.max_connections for one in config.upstream), limits.allowed_open_files())
-    if not files.problem:
-        return report
-    key: KeyPath = ("upstream", 0, "max_connections")
-    message = f"{files.problem} (the limit of this process; the service may have another)"
-    finding = Finding("warning", config.file, config.line_of(*key), key_text(key), message, files.remedy)
-    found = sorted([*report.findings, finding], key=lambda one: (one.line, one.key))
-    return replace(report, findings=tuple(found))
+    if files.problem:
+        message = f"{files.problem} (the limit of this process; the service may have another)"
+        yield False, ("upstream", 0, "max_connections"), message, files.remedy
+
+
+def _store(config: Config) -> Iterator[_Found]:
+    """A daemon would start beside such a file, and its rows would wait in the spool for another."""
+    key: KeyPath = ("telemetry", "sink")
+    try:
+        path = sqlite_path(config.telemetry.sink)
+        if path.is_dir():
+            yield True, key, f"{path} is a directory", "name a file in it"
+            return
+        with path.open("rb") as file:
+            head = file.read(len(_SQLITE_MAGIC))
+    except (OSError, StoreError):
+        return  # not there yet, another user's, or refused by the rules
+    if head and head != _SQLITE_MAGIC:
+        yield True, key, f"{path} is not an SQLite database", "name another file, or move this one away"
 
 
 def _host_findings(config: Config) -> list[Finding]:
     """What the paths in the configuration are, on this machine."""
     found = [*_directories(config), *_access_log(config), *_certificates(config), *_unix_sockets(config)]
+    return _findings(config, found)
+
+
+def _findings(config: Config, found: Iterable[_Found]) -> list[Finding]:
     return [
         Finding("error" if is_error else "warning", config.file, config.line_of(*key), key_text(key), message, remedy)
         for is_error, key, message, remedy in found
     ]
 
 
-_Found = tuple[bool, KeyPath, str, str]
-
-
 def _directories(config: Config) -> Iterator[_Found]:
-    for name in ("state_dir", "runtime_dir"):
-        path = getattr(config.server, name)
-        key: KeyPath = ("server", name)
-        yield from _directory(key, path, f"install -d -m 0750 {path}, or let systemd make it")
+    server = config.server
+    yield from _directory(("server", "state_dir"), server.state_dir, 0o700, is_needed=True)
+    if os.path.isdir(server.state_dir):
+        mode = stat.S_IMODE(os.stat(server.state_dir).st_mode)
+        if mode & 0o007:
+            message = f"{server.state_dir} is open to every user (mode {mode:04o})"
+            yield False, ("server", "state_dir"), message, f"chmod 0700 {server.state_dir}"
+        spool = os.path.join(server.state_dir, "spool")
+        if os.path.exists(spool) and not os.path.isdir(spool):
+            yield True, ("server", "state_dir"), f"{spool} is not a directory", "move that file away"
+    addresses = (*server.listen, server.admin)
+    is_needed = any(os.path.dirname(one.path) == server.runtime_dir for one in addresses if one.path)
+    yield from _directory(("server", "runtime_dir"), server.runtime_dir, 0o750, is_needed=is_needed)
     sink = config.telemetry.sink
     if sink.startswith("sqlite:///"):
         parent = os.path.dirname(sink.removeprefix("sqlite:///")) or "."
-        if parent != config.server.state_dir:
-            yield from _directory(("telemetry", "sink"), parent, f"install -d -m 0750 {parent}")
+        if parent != server.state_dir:
+            yield from _directory(("telemetry", "sink"), parent, 0o700, is_needed=False)
 
 
-def _directory(key: KeyPath, path: str, remedy: str) -> Iterator[_Found]:
-    if not os.path.isdir(path):
-        what = "is not a directory" if os.path.exists(path) else "does not exist"
-        yield False, key, f"{path} {what}", remedy
-    elif not os.access(path, os.W_OK | os.X_OK):
-        yield False, key, f"{path} cannot be written by this user (uid {os.geteuid()})", "check as the daemon's user"
+def _directory(key: KeyPath, path: str, mode: int, *, is_needed: bool) -> Iterator[_Found]:
+    """`is_needed`: without it the daemon does not start."""
+    make = f"install -d -m {mode:04o} {path}, for the user that runs proxyd"
+    if os.path.isdir(path):
+        if not os.access(path, os.W_OK | os.X_OK):
+            message = f"{path} cannot be written by this user (uid {os.geteuid()})"
+            yield False, key, message, "check as the daemon's user"
+    elif os.path.lexists(path):
+        yield is_needed, key, f"{path} is not a directory", "name a directory"
+    elif path in _MADE_BY_SYSTEMD:
+        yield False, key, f"{path} does not exist", f"systemd makes it when the unit starts; without systemd: {make}"
+    else:
+        yield is_needed, key, f"{path} does not exist", make
 
 
 def _access_log(config: Config) -> Iterator[_Found]:
@@ -140,7 +186,7 @@ def _access_log(config: Config) -> Iterator[_Found]:
     if os.path.isdir(path):
         yield True, key, f"{path} is a directory", "name a file in it"
         return
-    yield from _directory(key, os.path.dirname(path), "create it")
+    yield from _directory(key, os.path.dirname(path), 0o750, is_needed=True)
     if os.path.exists(path) and not os.access(path, os.W_OK):
         yield False, key, f"{path} cannot be written by this user (uid {os.geteuid()})", "check as the daemon's user"
 
@@ -168,6 +214,8 @@ def _unix_sockets(config: Config) -> Iterator[_Found]:
         if not path:
             continue
         if os.path.dirname(path) != server.runtime_dir:
-            yield from _directory(key, os.path.dirname(path), f"create {os.path.dirname(path)}")
+            yield from _directory(key, os.path.dirname(path), 0o750, is_needed=True)
         if os.path.isdir(path):
             yield True, key, f"{path} is a directory", "name a path inside it"
+        elif os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
+            yield True, key, f"{path} is there and is not a socket", "name another path, or move that file away"

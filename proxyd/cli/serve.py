@@ -12,18 +12,20 @@ import asyncio
 import errno
 import os
 import select
-import sys
 from collections.abc import Callable
 
+from proxyd import __version__
+from proxyd.cli.output import fail
 from proxyd.clock import SYSTEM
 from proxyd.config.schema import Config
 from proxyd.config.secrets import Secrets
 from proxyd.host import limits
 from proxyd.host.child import Birth, ChildSpec
-from proxyd.host.sockets import Listeners
+from proxyd.host.sockets import ListenError, Listeners
 from proxyd.host.systemd import Notifier
 from proxyd.log import Log
 from proxyd.master.main import Master, MasterSpec
+from proxyd.shm.beats import Beat
 from proxyd.shm.region import Region
 from proxyd.shm.revocations import RevocationRing
 from proxyd.store.revocations import RevocationFile, RevocationFileError
@@ -51,26 +53,25 @@ def run(
     allowed = limits.raise_open_files()
     files = limits.decide(sum(upstream.max_connections for upstream in config.upstream), allowed)
     if files.problem:
-        print(f"proxyd: {files.problem}; {files.remedy}", file=sys.stderr)
+        fail("proxyd", 0, f"{files.problem}; {files.remedy}")
     if not files.is_enough:
         return 1
     try:
         ensure_spool_dir(server.state_dir)  # here it is one line; in the children one each, again and again
         listeners = _bind(config)
     except SpoolError as error:
-        print(f"proxyd: {error}", file=sys.stderr)
-        return 1
+        return fail("proxyd", 1, str(error))
+    except ListenError as error:
+        return fail("proxyd", 1, f"{error.strerror}; {_listen_remedy(error, config)}")
     except OSError as error:
-        print(f"proxyd: {error.strerror or error}", file=sys.stderr)
-        return 1
+        return fail("proxyd", 1, error.strerror or str(error))
     region = Region.create(server.workers + 2, SYSTEM.wall())
     try:
         _restore_revocations(config, region, log)
     except RevocationFileError as error:
         listeners.unlink()
         listeners.close()
-        print(f"proxyd: {error}", file=sys.stderr)
-        return 1
+        return fail("proxyd", 1, str(error))
     blueprint = Blueprint(config, secrets, listeners, page_cookie)
 
     def worker(birth: Birth) -> int:
@@ -81,7 +82,10 @@ def run(
 
     def telemetry(birth: Birth) -> int:
         async def serve(context: Context, stop: asyncio.Event) -> None:
-            await writer.run(config, secrets, context.metrics, context.log, stop, clock=context.clock)
+            beat = Beat(region, birth.slot)
+            await writer.run(
+                config, secrets, context.metrics, context.log, stop, clock=context.clock, enter=beat.enter
+            )
 
         return run_telemetry(birth, region, log, serve)
 
@@ -94,9 +98,21 @@ def run(
         extra_children=extra_children,
         drain_timeout_s=server.drain_timeout,
         notifier=Notifier(os.environ),
-        on_ready=on_ready,
+        on_ready=lambda: _tell_ready(config, listeners, log, on_ready),
     )
     return Master(spec, log).run()
+
+
+def _tell_ready(config: Config, listeners: Listeners, log: Log, on_ready: Callable[[], None]) -> None:
+    """Which daemon this is, and where it can be reached."""
+    log.info(
+        "listening",
+        addresses=listeners.addresses(),
+        admin=config.server.admin.text,
+        file=config.file,
+        version=__version__,
+    )
+    on_ready()
 
 
 def _restore_revocations(config: Config, region: Region, log: Log) -> None:
@@ -109,8 +125,23 @@ def _restore_revocations(config: Config, region: Region, log: Log) -> None:
         log.warning("revocations_not_compacted", detail=loaded.not_compacted)
 
 
+def _listen_remedy(error: ListenError, config: Config) -> str:
+    """Which option it is, and what to do."""
+    option = "server.admin" if error.address == config.server.admin.text else "server.listen"
+    if error.errno == errno.EADDRINUSE:
+        show = "ss -lxp" if error.address.startswith("unix:") else "ss -ltnp"
+        return f"another process has the address of {option}: `{show}` names it; end it, or change {option}"
+    if error.errno == errno.ENOENT:
+        return f"the directory in {option} is missing: create it, or let systemd (RuntimeDirectory=)"
+    if error.errno == errno.EACCES:
+        return f"this user (uid {os.geteuid()}) may not: choose a port above 1023 or a writable directory in {option}"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"no interface of this machine has the address of {option}: `ip address` lists them"
+    return f"change {option}"
+
+
 def _bind(config: Config) -> Listeners:
-    """Raises OSError with the address in its text."""
+    """Raises ListenError."""
     server = config.server
     deadline = SYSTEM.monotonic() + BIND_PATIENCE_S
     while True:

@@ -143,6 +143,13 @@ def _upstreams(config: Config) -> Iterator[Problem]:
             yield Problem("error", (*place, "url"), "names a route, not the base", "end it at the host or at /v1")
         if upstream.dialect == "openai" and re.search(r"/(chat/completions|completions|responses)$", upstream.url):
             yield Problem("error", (*place, "url"), "names a route, not the base", "end it at /v1")
+        if upstream.dialect == "openai" and not urlsplit(upstream.url).path:
+            yield Problem(
+                "warning",
+                (*place, "url"),
+                "has no path: requests will go to /chat/completions, and the base of the SDKs ends in /v1",
+                f'write "{upstream.url}/v1", unless the server wants it so',
+            )
 
 
 def _is_loopback(host: str) -> bool:

@@ -11,6 +11,7 @@ protects it itself), then the path. An option `*_env` names a variable.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Mapping
@@ -194,7 +195,11 @@ class _Reader:
             # O_NONBLOCK: a FIFO at this path must not hold the start for ever.
             fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            self.error(key, f"cannot read {source}: {error.strerror}", "create it, or correct the path or its owner")
+            remedy = {
+                errno.ENOENT: "create it, or correct the path",
+                errno.EACCES: f"give it to the user that runs proxyd (this one is uid {os.geteuid()})",
+            }.get(error.errno or 0, "correct the path")
+            self.error(key, f"cannot read {source}: {error.strerror}", remedy)
             return None
         try:
             status = os.fstat(fd)

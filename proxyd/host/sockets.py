@@ -10,7 +10,7 @@ Owns binding, socket options and the Unix path's life. Must not know HTTP, confi
 Who may bind: SO_REUSEPORT would let a second daemon of the same user steal half of the connections in silence, so
 each address is first tried without it. A Unix path that answers is refused while the process that listens there
 lives; orphans of a killed master may still accept on it, and are recognised by SO_PEERCRED naming a dead process.
-Errors: OSError (EADDRINUSE, EACCES, EADDRNOTAVAIL ...) with the address in its text; nothing stays open then.
+Errors: ListenError (EADDRINUSE, EACCES, EADDRNOTAVAIL ...) names the address; nothing stays open then.
 """
 
 from __future__ import annotations
@@ -27,6 +27,14 @@ USER_TIMEOUT_MS = 30_000  # unacknowledged data or a zero window; half cuts phon
 NOTSENT_LOWAT_BYTES = 16_384  # a client that stops reading is seen at 16 KB, not at 5 MB; half costs system calls
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3
 UNIX_MODE = 0o660  # the reverse proxy joins our group; nobody else on the machine passes for a trusted proxy
+
+
+class ListenError(OSError):
+    """An address that cannot be had. `address` is as the configuration writes it; `strerror` tells the whole."""
+
+    def __init__(self, code: int | None, address: str, why: str) -> None:
+        super().__init__(code, f"cannot listen on {address}: {why}")
+        self.address = address
 
 
 class Address(Protocol):
@@ -64,8 +72,12 @@ def bind_tcp(host: str, port: int, count: int, backlog: int) -> list[socket.sock
     except OSError as error:
         for listener in made:
             listener.close()
-        raise OSError(error.errno, f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}") from error
+        raise ListenError(error.errno, _text(host, port), os.strerror(error.errno or 0)) from error
     return made
+
+
+def _text(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def set_client_options(sock: socket.socket) -> None:
@@ -93,7 +105,7 @@ def _resolve(host: str, port: int) -> tuple[int, tuple[str, int]]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
-        raise OSError(errno.EADDRNOTAVAIL, f"cannot listen on {host}:{port}: {error.strerror}") from error
+        raise ListenError(errno.EADDRNOTAVAIL, _text(host, port), error.strerror or "not an address") from error
     family, _, _, _, address = found[0]
     return family, address  # type: ignore[return-value]
 
@@ -124,7 +136,7 @@ class UnixListener:
                 raise
         except OSError as error:
             self.sock.close()
-            raise OSError(error.errno, f"cannot listen on unix:{path}: {error.strerror or error}") from error
+            raise ListenError(error.errno, f"unix:{path}", error.strerror or str(error)) from error
 
     def unlink(self) -> None:
         """Removes the path if it still leads here; a successor's stays."""
@@ -139,7 +151,7 @@ def refuse_live(path: str) -> None:
     """Raises OSError if the path is no socket, or if a living process listens there."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise OSError(errno.EEXIST, f"cannot listen on unix:{path}: the path is there and is not a socket")
+            raise ListenError(errno.EEXIST, f"unix:{path}", "the path is there and is not a socket")
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
@@ -148,12 +160,12 @@ def refuse_live(path: str) -> None:
         except (ConnectionRefusedError, FileNotFoundError):
             return
         except BlockingIOError:
-            raise OSError(errno.EADDRINUSE, f"cannot listen on unix:{path}: in use, its backlog is full") from None
+            raise ListenError(errno.EADDRINUSE, f"unix:{path}", "in use, its backlog is full") from None
         credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     # The pid that called listen(): the master of whoever accepts there. 0 is a process outside our pid namespace.
     pid = struct.unpack("3i", credentials)[0]
     if pid == 0 or os.path.exists(f"/proc/{pid}"):
-        raise OSError(errno.EADDRINUSE, f"cannot listen on unix:{path}: in use by process {pid}")
+        raise ListenError(errno.EADDRINUSE, f"unix:{path}", f"in use by process {pid}")
 
 
 class Listeners:
@@ -200,6 +212,16 @@ class Listeners:
     def tcp_of_slot(self, slot: int) -> list[socket.socket]:
         """The slot's own, without the shared Unix listeners."""
         return [sock for sock in self.public[slot] if sock.family != socket.AF_UNIX]
+
+    def addresses(self) -> list[str]:
+        """Where clients come in, as the configuration writes it, with the port that the kernel chose for port 0."""
+        told = []
+        for sock in self.public[0]:
+            if sock.family == socket.AF_UNIX:
+                told += [f"unix:{one.path}" for one in self._unix if one.sock is sock]
+            else:
+                told.append(_text(*sock.getsockname()[:2]))
+        return told
 
     def close_public(self) -> None:
         """In a process that accepts no more. A listener ends, and the kernel refuses newcomers, when the master and

@@ -29,8 +29,9 @@ def test_a_state_directory_that_cannot_be_used_is_one_line_with_a_remedy(
     found = start_once(refusing(tmp_path, server=f'state_dir = "{where}"\nworkers = 2'))
     assert found.returncode == 1
     assert "Traceback" not in found.stderr
-    (line,) = [line for line in found.stderr.splitlines() if line.startswith("proxyd: ")]
-    assert says in line
+    lines = found.stderr.splitlines()
+    assert all(line.startswith("proxyd: ") for line in lines), lines
+    (line,) = [line for line in lines if says in line]
     assert "state_dir" in line
 
 

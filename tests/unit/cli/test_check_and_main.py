@@ -18,7 +18,7 @@ SECRET = "0123456789abcdef0123456789abcdef"
 def node(tmp_path):
     """A configuration whose every path exists, and a way to change it."""
     for name in ("state", "run"):
-        (tmp_path / name).mkdir()
+        (tmp_path / name).mkdir(0o700)
     secret, key = tmp_path / "jwt.secret", tmp_path / "key"
     for path, value in ((secret, SECRET), (key, "sk-very-secret")):
         path.write_text(value)
@@ -132,25 +132,68 @@ def test_connections_that_do_not_fit_the_limit_of_open_files_are_a_warning_with_
         assert "upstream[0].max_connections" in line
 
 
-@pytest.mark.parametrize("name", ["state", "run"])
-def test_a_missing_directory_is_a_warning(node, capsys, name):
+@pytest.mark.parametrize("name, mode", [("state", "0700"), ("run", "0750")])
+def test_a_missing_directory_that_a_start_needs_is_an_error(node, capsys, name, mode):
     (node.root / name).rmdir()
+    assert node.check() == 1
+    assert f"{node.root}/{name} does not exist; install -d -m {mode} {node.root}/{name}" in capsys.readouterr().out
+
+
+def test_a_runtime_directory_without_sockets_is_a_warning(node, capsys):
+    (node.root / "run").rmdir()
+    assert node.check((f"unix:{node.root}/run/admin.sock", "127.0.0.1:0")) == 0
+    assert "warning" in capsys.readouterr().out
+
+
+def test_directories_that_systemd_makes_are_a_warning_that_says_so(node, capsys, monkeypatch):
+    monkeypatch.setattr(check, "_MADE_BY_SYSTEMD", (f"{node.root}/state", f"{node.root}/run"))
+    for name in ("state", "run"):
+        (node.root / name).rmdir()
     assert node.check() == 0
-    assert f"{node.root}/{name} does not exist; install -d" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count("does not exist; systemd makes it when the unit starts") == 2
 
 
-def test_a_directory_that_is_a_file_is_a_warning(node, capsys):
+def test_a_directory_that_is_a_file_is_an_error(node, capsys):
     (node.root / "state").rmdir()
     (node.root / "state").write_text("")
-    assert node.check() == 0
+    assert node.check() == 1
     assert "is not a directory" in capsys.readouterr().out
+
+
+def test_a_file_in_the_place_of_the_spool_is_an_error(node, capsys):
+    (node.root / "state" / "spool").write_text("")
+    assert node.check() == 1
+    assert f"server.state_dir: {node.root}/state/spool is not a directory" in capsys.readouterr().out
+
+
+def test_a_state_directory_that_is_open_to_all_is_a_warning(node, capsys):
+    (node.root / "state").chmod(0o777)
+    assert node.check() == 0
+    assert f"is open to every user (mode 0777); chmod 0700 {node.root}/state" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content, code", [(b"a shopping list", 1), (b"", 0), (b"SQLite format 3\0...", 0)])
+def test_a_store_that_is_no_database_is_an_error_of_the_check(node, capsys, content, code):
+    (node.root / "state" / "t.db").write_bytes(content)
+    assert node.check() == code
+    assert ("telemetry.sink" in capsys.readouterr().out) == bool(code)
+    # A start serves beside it, and its rows wait.
+    assert check.examine(str(node.path), {}).errors == 0
+
+
+def test_a_file_in_a_sockets_place_is_an_error(node, capsys):
+    (node.root / "run" / "admin.sock").write_text("")
+    assert node.check() == 1
+    assert "is not a socket" in capsys.readouterr().out
 
 
 def test_the_places_of_logs_sockets_and_databases_are_looked_at(node, capsys):
     changes = [("/state/t.db", "/nodb/t.db"), ('"127.0.0.1:0"', f'"unix:{node.root}/nosock/s"')]
-    assert node.check(*changes, extra=f'[log]\naccess = "{node.root}/nolog/a.log"\n') == 0
-    out = capsys.readouterr().out
-    assert [f"{node.root}/{name} does not exist" in out for name in ("nodb", "nosock", "nolog")] == [True] * 3
+    assert node.check(*changes, extra=f'[log]\naccess = "{node.root}/nolog/a.log"\n') == 1
+    lines = capsys.readouterr().out.splitlines()
+    told = {name: line.split()[0] for line in lines for name in ("nodb", "nosock", "nolog") if f"/{name} does" in line}
+    assert told == {"nodb": "warning", "nosock": "error", "nolog": "error"}
 
 
 def test_certificates_must_be_readable_and_certificates(node, capsys):
@@ -216,6 +259,7 @@ def test_the_version_names_what_it_stands_on(capsys):
         ["--demo", "--port", "99999"],
         ["--demo", "--port", "-1"],
         ["--demo", "--check-config"],
+        ["--demo", "-c", "FILE"],
         ["--demo", "status"],
         ["--check-config", "token", "--user", "1"],
         ["--probe"],

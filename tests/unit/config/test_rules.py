@@ -212,3 +212,13 @@ def test_a_tenant_overrides_single_limits():
     )
     assert config.limits.for_tenant("acme") == (9, 0, 0)
     assert config.limits.for_tenant("other") == (5, 0, 0)
+
+
+@pytest.mark.parametrize("url", ["https://api.openai.com", "https://api.openai.com/"])
+def test_an_openai_base_without_a_path_is_a_warning(url):
+    text = MINIMAL.replace("https://api.example.com/v1", url)
+    found = only(text, "warning")
+    assert found.key == "upstream[0].url"
+    assert "requests will go to /chat/completions" in found.message
+    assert '"https://api.openai.com/v1"' in found.remedy
+    assert keys(text.replace("url =", 'dialect = "anthropic"\nurl ='), "warning") == []

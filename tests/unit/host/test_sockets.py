@@ -87,7 +87,7 @@ def test_an_ipv6_listener_leaves_ipv4_alone(closing) -> None:
 
 
 def test_a_name_that_does_not_resolve_names_the_address() -> None:
-    with pytest.raises(OSError, match=r"cannot listen on host\.invalid:80"):
+    with pytest.raises(sockets.ListenError, match=r"cannot listen on host\.invalid:80"):
         bind_tcp("host.invalid", 80, 1, 16)
 
 
@@ -207,3 +207,14 @@ def test_time_wait_is_counted_where_only_processes_are_visible_in_proc() -> None
     else:  # may not mount here: what subset=pid leaves is everything below a process's own directory (proc(5))
         assert sockets.SOCKSTAT.startswith("/proc/self/")
         assert sockets.count_time_wait() is not None
+
+
+def test_an_address_that_cannot_be_had_is_named_as_the_file_names_it() -> None:
+    with socket.socket(socket.AF_INET6) as other:
+        other.bind(("::1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(sockets.ListenError) as caught:
+            bind_tcp("::1", port, 1, 16)
+    assert caught.value.address == f"[::1]:{port}"
+    assert caught.value.errno == errno.EADDRINUSE
