@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     port = pick_port(args.port)
     if port is None:
         wanted = f"port {args.port} is" if args.port else f"ports {DEFAULT_PORT} to {DEFAULT_PORT + PORTS_TRIED} are"
-        print(f"proxyd: {wanted} taken; choose another: proxyd --demo --port N", file=sys.stderr)
+        print(f"proxyd: {wanted} taken; choose another: --port N", file=sys.stderr)
         return 1
     owner = os.getpid()
     directory = tempfile.mkdtemp(prefix="proxyd-demo-")
@@ -70,7 +70,16 @@ def run(args: argparse.Namespace) -> int:
     finally:
         # A forked child that ever came here must not take the directory from the others.
         if os.getpid() == owner:
-            shutil.rmtree(directory, ignore_errors=True)
+            _remove(directory)
+
+
+def _remove(directory: str) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    done = "could not remove all of" if os.path.exists(directory) else "removed"
+    try:
+        print(f"stopped; {done} {directory}", flush=True)
+    except OSError:
+        pass  # who read it was ended by the same Ctrl-C
 
 
 def _run_in(directory: str, port: int, asked_port: int | None) -> int:
@@ -140,6 +149,8 @@ runtime_dir = "{directory}/run"
 
 [auth]
 secret_env = "{SECRET_ENV}"
+# Browsers keep cookies for a host, not for a port: two demos would overwrite each other's.
+cookie = "proxyd_demo_{port}"
 
 [telemetry]
 sink = "sqlite:///{directory}/state/telemetry.db"
@@ -197,13 +208,18 @@ def greeting(port: int, asked_port: int | None, token: str, providers: list[Prov
         "    -H 'Content-Type: application/json' \\",
         """    -d '{"prompt": "Say hello in seven words."}'""",
         "",
+        "For a shell whose programs use the token as $TOKEN:",
+        "",
+        f"  export TOKEN={token}",
+        "",
     ]
     if is_openai:
         lines += [
-            "The same from Python (pip install openai):",
+            "The same from Python (pip install openai), in the shell of the export:",
             "",
+            "  import os",
             "  from openai import OpenAI",
-            f'  client = OpenAI(base_url="{base}/v1", api_key="{token}")',
+            f'  client = OpenAI(base_url="{base}/v1", api_key=os.environ["TOKEN"])',
             f'  stream = client.chat.completions.create(model="{model}", stream=True,',
             '      messages=[{"role": "user", "content": "Say hello in seven words."}])',
             "  for chunk in stream:",

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
 
-__all__ = ["Question", "chat", "completion", "embeddings", "message", "models", "read_question", "response"]
+__all__ = ["Question", "chat", "completion", "embeddings", "message", "models", "read_question", "response", "say"]
 
 NAME = "proxyd-demo"
 CREATED = 1_700_000_000
@@ -92,6 +92,11 @@ def read_question(document: dict[str, Any], extra_words: int = 0) -> Question:
     )
 
 
+def say(question: Question, text: str) -> Question:
+    """The same question with `text` for an answer."""
+    return replace(question, words=_spaced(text.split()), tool="")
+
+
 def _text_of(content: Any) -> str:
     if isinstance(content, str):
         return content
@@ -112,12 +117,16 @@ def _answer(asked: str, extra_words: int) -> tuple[str, ...]:
     echoed = asked.split()
     text = (
         "This is proxyd's demo model, not an AI: it answers word by word, so that you can watch a stream arrive. "
-        f"You wrote {len(echoed)} words: {' '.join(echoed[:ECHO_WORDS])}"
+        f"You wrote {len(echoed)} word{'' if len(echoed) == 1 else 's'}: {' '.join(echoed[:ECHO_WORDS])}"
     ).split()
     if len(echoed) > ECHO_WORDS:
         text.append("...")
     text += [f"word{n}" for n in range(1, extra_words + 1)]
-    return tuple(word if n == 0 else f" {word}" for n, word in enumerate(text))
+    return _spaced(text)
+
+
+def _spaced(words: list[str]) -> tuple[str, ...]:
+    return tuple(word if n == 0 else f" {word}" for n, word in enumerate(words))
 
 
 # --- OpenAI -----------------------------------------------------------------------------------------------------------

@@ -4,12 +4,9 @@ Owns: its HTTP surface, the pace, and the faults it plays on request. Must not k
 `proxyd --demo` runs it as a child; tests run `python -m proxyd.web.demo_upstream --port 0`, which prints its port.
 Never part of a configured node. Only loopback peers are answered, and with a key only who knows the key.
 
-Faults, for tests and for showing what a client sees: in the model's name (`demo-error-429`, `demo-cut-3`), in the
-prompt (`[demo: pace=5 words=200]`) or in the header `X-Demo-Scenario`, in this order; a later word overrides:
-
-    status=N     refuse with N          cut=N     reset after N events        delay=N   ms before the first byte
-    stall=N      silent after N events  burst     all events in few writes    pace=N    ms between events
-    words=N      N words more           no_usage  chat and completions: never tell usage
+Faults, for tests and for showing what a client sees: the same directives in the model's name (`demo-error-429`,
+`demo-burst`), in the prompt (`[demo: pace=5 words=200]`) or in the header `X-Demo-Scenario`, in this order; a later
+one overrides. docs/development.md lists them. One that is not known is answered by a sentence with those that are.
 
 `GET /demo/state` tells `requests`, `live` and `aborted` (clients that went away), so that a test can see what its proxy
 left running.
@@ -34,7 +31,9 @@ from aiohttp import web
 from proxyd.host.child import Birth
 from proxyd.web import demo_answers as answers
 
-__all__ = ["Pace", "decide_scenario", "listen", "main", "make_app", "run_child", "serve"]
+__all__ = [
+    "ALONE", "NUMBERED", "Pace", "decide_scenario", "explain", "listen", "main", "make_app", "run_child", "serve",
+]  # fmt: skip
 
 # What the providers do on a good day: first token after a few hundred ms, then 20 to 50 tokens a second.
 DELAY_MS = 250
@@ -45,9 +44,14 @@ STALL_S = 600.0
 # Prime and small: event boundaries and write boundaries never agree for long.
 BURST_PIECE_BYTES = 1013
 
-_WORDS = re.compile(r"([a-z_]+)(?:=([0-9]+))?")
-_IN_PROMPT = re.compile(r"\[demo: ([a-z_=0-9 ]+)\]")
-_IN_MODEL = re.compile(r"demo-(error|cut|stall|pace|words)-([0-9]+)")
+# Directives with a number, and those that stand alone.
+NUMBERED = ("error", "cut", "stall", "delay", "pace", "words")
+ALONE = ("burst", "no_usage")
+
+_DIRECTIVE = re.compile(rf"(?:({'|'.join(NUMBERED)})=([0-9]{{1,9}})|({'|'.join(ALONE)}))")
+_IN_PROMPT = re.compile(r"\[demo:([^\]]*)\]")
+# A model may have any name: what is no directive here is a name.
+_IN_MODEL = re.compile(rf"demo-(?:({'|'.join(NUMBERED)})-([0-9]{{1,9}})|({'|'.join(ALONE)}))")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -64,7 +68,7 @@ class Pace:
 class Scenario:
     """What this answer does; -1 where nothing was asked for."""
 
-    status: int = 200
+    error: int = 0
     cut: int = -1
     stall: int = -1
     delay: int = DELAY_MS
@@ -72,6 +76,7 @@ class Scenario:
     words: int = 0
     burst: bool = False
     no_usage: bool = False
+    unknown: str = ""
 
 
 @dataclass(slots=True)
@@ -94,22 +99,31 @@ _DEMO: web.AppKey[_Demo] = web.AppKey("demo", _Demo)
 
 
 def decide_scenario(pace: Pace, model: str, prompt: str, header: str) -> Scenario:
-    """The faults asked for. Pure; words it does not know are ignored."""
+    """The faults asked for. Pure; `unknown` is the first directive that is none."""
     chosen = Scenario(delay=pace.delay_ms, pace=pace.pace_ms)
     in_model = _IN_MODEL.search(model)
-    asked = []
-    if in_model is not None:
-        asked.append(f"{'status' if in_model[1] == 'error' else in_model[1]}={in_model[2]}")
-    asked += [found[1] for found in _IN_PROMPT.finditer(prompt)]
-    asked.append(header.replace(",", " "))
-    for name, value in _WORDS.findall(" ".join(asked)):
-        change: dict[str, Any] = {}
-        if name in ("burst", "no_usage"):
-            change[name] = True
-        elif name in ("status", "cut", "stall", "delay", "pace", "words") and value:
-            change[name] = min(int(value), 1_000_000)
+    asked = [in_model[3] or f"{in_model[1]}={in_model[2]}"] if in_model is not None else []
+    for text in (*_IN_PROMPT.findall(prompt), header):
+        asked += text.replace(",", " ").split()
+    for word in asked:
+        directive = _DIRECTIVE.fullmatch(word)
+        change: dict[str, Any]
+        if directive is None:
+            change = {"unknown": chosen.unknown or word}
+        elif directive[3]:
+            change = {directive[3]: True}
+        else:
+            change = {directive[1]: min(int(directive[2]), 1_000_000)}
+        if not 400 <= change.get("error", 400) <= 599:
+            change = {"unknown": chosen.unknown or word}
         chosen = replace(chosen, **change)
     return chosen
+
+
+def explain(unknown: str) -> str:
+    """What the demo answers where it was asked for something it cannot do."""
+    known = ", ".join([f"{name}=N" for name in NUMBERED] + list(ALONE))
+    return f"The demo does not know the directive {unknown}. It knows {known}; error takes 400 to 599."
 
 
 def make_app(key: str = "", pace: Pace | None = None) -> web.Application:
@@ -176,12 +190,14 @@ def _answering(answer: Callable[[answers.Question, bool], Any]) -> Handler:
         plain = answers.read_question(document)
         scenario = decide_scenario(demo.pace, plain.model, plain.prompt, header)
         question = answers.read_question(document, scenario.words)
+        if scenario.unknown:
+            question = answers.say(question, explain(scenario.unknown))
         demo.counts.requests += 1
         demo.counts.live += 1
         try:
             await asyncio.sleep(scenario.delay / 1000)
-            if scenario.status != 200:
-                return _error(request, scenario.status, f"The demo was asked to answer {scenario.status}.")
+            if scenario.error:
+                return _error(request, scenario.error, f"The demo was asked to answer {scenario.error}.")
             if not document.get("stream"):
                 whole = answer(question, False)
                 if scenario.no_usage:

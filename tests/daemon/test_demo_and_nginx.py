@@ -91,6 +91,8 @@ def test_the_demo_streams_word_by_word_and_ctrl_c_leaves_nothing() -> None:
         assert running.process.wait(PATIENCE_S) == 0
         connection.close()
         assert list(running.folder.iterdir()) == []
+        assert running.process.stdout is not None
+        assert re.search(rf"^stopped; removed {running.folder}/proxyd-demo-\w+$", running.process.stdout.read(), re.M)
         assert group_members(running.process.pid) == []
 
 
@@ -103,6 +105,8 @@ def test_the_page_gets_its_session_and_the_session_streams() -> None:
         assert b"<title>" in page.read()
         assert "HttpOnly" in cookie
         assert "SameSite=Strict" in cookie
+        # Cookies ignore ports: the name keeps two demos apart.
+        assert cookie.startswith(f"proxyd_demo_{running.port}=")
         # The same connection goes on to the relay, with the cookie and the page's own origin.
         headers = {"Cookie": cookie.partition(";")[0], "Origin": f"http://127.0.0.1:{running.port}"}
         connection.request("POST", "/api/v1/stream", '{"prompt": "[demo: pace=0] Hi"}', headers)
@@ -124,7 +128,7 @@ def test_a_taken_port_is_told_and_nothing_is_left() -> None:
             cwd=ROOT, env=os.environ | {"TMPDIR": folder}, capture_output=True, text=True, timeout=PATIENCE_S,
         )  # fmt: skip
         assert done.returncode == 1
-        assert "taken" in done.stderr
+        assert done.stderr.endswith("taken; choose another: --port N\n")
         assert list(Path(folder).iterdir()) == []
 
 

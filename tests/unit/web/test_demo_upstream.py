@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -10,7 +12,7 @@ import pytest
 from proxyd.cli.demo import REAL, Provider, config_text, greeting
 from proxyd.config.load import parse
 from proxyd.web import demo_answers as answers
-from proxyd.web.demo_upstream import Pace, Scenario, decide_scenario
+from proxyd.web.demo_upstream import ALONE, NUMBERED, Pace, Scenario, decide_scenario, explain
 
 ASKED: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "one two three"}]}
 TOOLS: dict[str, Any] = {
@@ -100,18 +102,51 @@ def test_an_odd_question_is_answered_too(document: dict[str, Any]) -> None:
     ("model", "prompt", "header", "expected"),
     [
         ("m", "hello", "", Scenario(delay=1, pace=2)),
-        ("demo-error-429", "", "", Scenario(status=429, delay=1, pace=2)),
+        ("demo-error-429", "", "", Scenario(error=429, delay=1, pace=2)),
         ("demo-cut-3", "", "", Scenario(cut=3, delay=1, pace=2)),
         ("m", "[demo: pace=0 words=9]", "", Scenario(words=9, delay=1, pace=0)),
         ("m", "pace=0 burst", "", Scenario(delay=1, pace=2)),
-        ("demo-error-429", "[demo: status=500]", "status=503,burst", Scenario(status=503, burst=True, delay=1, pace=2)),
-        ("m", "", "no_usage, stall=1, nonsense=4, cut", Scenario(no_usage=True, stall=1, delay=1, pace=2)),
+        ("demo-burst", "[demo:delay=7,burst]", "", Scenario(burst=True, delay=7, pace=2)),
+        ("demo-mini-4", "[demo model]", "", Scenario(delay=1, pace=2)),
+        ("demo-error-429", "[demo: error=500]", "error=503,burst", Scenario(error=503, burst=True, delay=1, pace=2)),
+        ("m", "", "no_usage, stall=1", Scenario(no_usage=True, stall=1, delay=1, pace=2)),
+        ("m", "[demo: colour=4 cut]", "", Scenario(unknown="colour=4", delay=1, pace=2)),
+        ("m", "[demo: cut=x]", "", Scenario(unknown="cut=x", delay=1, pace=2)),
+        ("m", "[demo: burst=1]", "", Scenario(unknown="burst=1", delay=1, pace=2)),
+        ("m", "[demo: error=200]", "", Scenario(unknown="error=200", delay=1, pace=2)),
     ],
 )
 def test_faults_are_asked_for_by_name_prompt_and_header(
     model: str, prompt: str, header: str, expected: Scenario
 ) -> None:
     assert decide_scenario(Pace(1, 2), model, prompt, header) == expected
+
+
+@pytest.mark.parametrize("name", [*NUMBERED, *ALONE])
+def test_each_directive_means_the_same_in_a_name_a_prompt_and_a_header(name: str) -> None:
+    in_name, written = (f"demo-{name}", name) if name in ALONE else (f"demo-{name}-500", f"{name}=500")
+    asked = [(in_name, "", ""), ("m", f"[demo: {written}] Hello", ""), ("m", "", written)]
+    scenarios = {decide_scenario(Pace(1, 2), *one) for one in asked}
+    assert len(scenarios) == 1
+    assert scenarios != {decide_scenario(Pace(1, 2), "m", "", "")}
+
+
+def test_an_unknown_directive_is_answered_by_a_sentence_with_the_known_ones() -> None:
+    said = answers.say(answers.read_question(ASKED), explain("colour=4")).text
+    assert "colour=4" in said
+    for name in (*NUMBERED, *ALONE):
+        assert name in said
+
+
+def test_the_directives_are_listed_for_developers() -> None:
+    text = (Path(__file__).parents[3] / "docs/development.md").read_text()
+    table = text[text.index("| directive |") :].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)(?:=N)?` \| ", table, re.MULTILINE) == [*NUMBERED, *ALONE]
+
+
+@pytest.mark.parametrize(("asked", "told"), [("one", "1 word:"), ("one two", "2 words:"), ("", "0 words:")])
+def test_words_are_counted_in_english(asked: str, told: str) -> None:
+    assert f"You wrote {told}" in answers.read_question({"prompt": asked}).text
 
 
 DEMO = [
@@ -129,12 +164,16 @@ def test_the_demos_configuration_has_nothing_to_find(providers: list[Provider]) 
     assert config.demo.page
     assert config.find_model("any-name") is not None
     assert all(listen.is_local for listen in config.server.listen)
+    assert config.auth.cookie == "proxyd_demo_3000"  # browsers keep cookies for a host, whatever the port
 
 
 def test_the_greeting_says_where_how_and_who_answers() -> None:
     text = greeting(3001, None, "TOKEN", DEMO)
     for part in ("http://127.0.0.1:3001/", "curl -N", "Bearer TOKEN", "from openai import", "Ctrl-C", "not an AI"):
         assert part in text
+    assert "\n  export TOKEN=TOKEN\n" in text
+    assert text.count("TOKEN=TOKEN") == 1
+    assert 'api_key=os.environ["TOKEN"]' in text
     assert "in this process" not in text  # it is a child
     assert "port 3000 is taken" in text
     assert "taken" not in greeting(3001, 3001, "TOKEN", DEMO)
