@@ -25,8 +25,10 @@ DEFAULT_FILE = "/etc/proxyd/proxyd.toml"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit code."""
     parser = _parser()
-    args = parser.parse_args(argv, argparse.Namespace(config=DEFAULT_FILE))
+    args = parser.parse_args(argv, argparse.Namespace(config=None))
     _refuse_strays(parser, args)
+    if args.config is None:
+        args.config = DEFAULT_FILE
     if args.version:
         return put("proxyd", version_text())
     if args.command is not None:
@@ -94,6 +96,8 @@ def _refuse_strays(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     if len(modes) > 1 or (modes and args.command is not None):
         named = [f"--{name.replace('_', '-')}" for name in modes] + ([args.command] if args.command else [])
         parser.error(f"{' and '.join(named)} do not go together")
+    if args.demo and args.config is not None:
+        parser.error("--demo and --config do not go together: the demo has a configuration of its own")
     if args.port is not None and not args.demo:
         parser.error("--port needs --demo; the ports of a configuration are in server.listen")
     if args.probe and not args.check_config:
