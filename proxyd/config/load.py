@@ -29,6 +29,7 @@ from proxyd.config import rules
 from proxyd.config.locate import KeyPath, Lines, locate
 from proxyd.config.schema import Config
 from proxyd.config.secrets import key_text
+from proxyd.config.syntax import diagnose
 from proxyd.errors import ConfigError, Finding
 
 # A configuration is some pages of text. Half: nobody would notice; twice: a wrong path (a log) is parsed for seconds.
@@ -147,13 +148,9 @@ def _document(text: str, path: str) -> tuple[dict[str, Any] | None, list[Finding
     try:
         return tomllib.loads(text), []
     except tomllib.TOMLDecodeError as error:
-        said = str(error)
-        place = re.search(r"\(at line (\d+), column (\d+)\)", said)
-        line = int(place[1]) if place else text.count("\n") + (not text.endswith("\n"))
-        column = f" at column {place[2]}" if place else ""
-        reason = re.sub(r"\s*\(at [^)]*\)$", "", said)
         # tomllib quotes the key that it met twice, never a value.
-        return broken(max(1, line), f"not TOML: {reason}{column}", "correct the syntax; the rest was not looked at")
+        slip = diagnose(text, str(error))
+        return broken(slip.line, slip.message, slip.remedy)
     except RecursionError:
         return broken(1, "nested too deeply", "no option needs it")
 
