@@ -115,6 +115,13 @@ def page(status: dict[str, Any]) -> str:
             lines += _troubles(name, upstream)
     rows_text = ", ".join(f"{count} {state}" for state, count in telemetry["rows"].items()) or "none yet"
     lines += ["", f"rows: {rows_text}; {telemetry['spool_bytes']} bytes in the spool"]
+    store = telemetry.get("store")
+    if store:
+        lines += textwrap.wrap(
+            f"store failing since {_instant(store['failing_since'])}: {store['reason']}", 80, subsequent_indent="  "
+        )
+    if telemetry["state"] == "waiting":
+        lines.append("telemetry waits: another process stores the rows of this state_dir")
     if status["sockets"]["time_wait"] is not None:
         lines.append(f"sockets of this host in TIME_WAIT: {status['sockets']['time_wait']}")
     return "\n".join(lines)
@@ -124,12 +131,15 @@ def _troubles(name: str, upstream: dict[str, Any]) -> list[str]:
     """What kinds an upstream's errors are of, and since when it fails; nothing for one without."""
     lines = []
     if upstream.get("failing_since"):
-        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(upstream["failing_since"]))
-        lines.append(f"{name}: failing since {since}: {upstream['failing_kind']}")
+        lines.append(f"{name}: failing since {_instant(upstream['failing_since'])}: {upstream['failing_kind']}")
     if upstream["errors"]:
         kinds = [f"{kind} {count}" for kind, count in upstream["errors"].items()]
         lines += textwrap.wrap(f"{name} errors: {', '.join(kinds)}", 80, subsequent_indent="  ")
     return lines
+
+
+def _instant(wall_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(wall_s))
 
 
 def _process(process: dict[str, Any]) -> list[str]:

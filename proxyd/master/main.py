@@ -177,9 +177,10 @@ class Master:
             self._drain()
         elif number is signal.SIGUSR1:
             self._log.reopen()
-            for slot in self._slots:
-                if slot.child is not None:
-                    slot.child.send(number)
+            told = [slot.child for slot in self._slots if slot.child is not None]
+            for child in told:
+                child.send(number)
+            self._log.info("logs_reopened", signal=number.name, processes=len(told) + 1)
         else:
             verb = "reload" if number is signal.SIGHUP else "upgrade"
             self._log.warning(f"{verb}_unavailable", detail=f"this version cannot {verb}; restart the service instead")
@@ -236,9 +237,21 @@ class Master:
         slot.exit_code = code
         now = time.monotonic()
         age_s = now - slot.born_at
+        has_waited = False
         if slot.has_beats:
-            Beat(self._region, slot.number).death()
+            beat = Beat(self._region, slot.number)
+            has_waited = beat.state is State.WAITING
+            beat.death()
             clear_gauges(self._region, slot.number)
+        if self._is_draining and code == 0 and not slot.is_worker and slot.phase is not Phase.STOPPING:
+            # A TERM to the whole group reached it before ours.
+            self._log.info("child_ended", child=slot.spec.name, pid=child.pid, how=_tell(code))
+            if has_waited:
+                slot.move(Phase.STOPPING)
+                slot.move(Phase.GONE)
+            else:
+                slot.move(Phase.BACKOFF, now)  # workers that are not done have rows for it
+            return
         if slot.phase is Phase.STOPPING:
             slot.move(Phase.GONE)
             if code:
@@ -260,6 +273,10 @@ class Master:
             self._log.error("cannot_start", detail="no worker can boot; the lines above say why")
             self._exit_code = EXIT_CANNOT_BOOT
             self._drain()
+
+    @property
+    def _is_draining(self) -> bool:
+        return self._phase in (NodePhase.DRAINING, NodePhase.CLOSING)
 
     def _read_states(self) -> None:
         for slot in self._slots:

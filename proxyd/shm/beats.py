@@ -25,6 +25,8 @@ class State(IntEnum):
     STARTING = 1
     READY = 2
     DRAINING = 3
+    FAILING = 4  # telemetry: the store refuses
+    WAITING = 5  # telemetry: another process stores
 
 
 class Beat:

@@ -35,7 +35,7 @@ class Group:
     moved: list[tuple[Stream, Moved]] = field(default_factory=list)
     ended: list[tuple[Stream, Moved]] = field(default_factory=list)
     accepted_at: list[float] = field(default_factory=list)
-    interrupted: int = 0
+    interrupted: list[str] = field(default_factory=list)  # their request ids
     since: float | None = None
     has_set_aside: bool = False
 

@@ -26,38 +26,35 @@ Exactly once. Let a stream's cursor be the position recorded in the store.
    transaction that looks open is first looked up by user, second and request id.
 
 Bounds: a group holds `batch_rows` finals, waits `linger` for company; while the store fails exactly one group is in
-memory and the spool grows instead; retries back off to RETRY_MAX_S; a stop drains for at most DRAIN_S.
+memory and the spool grows instead; retries back off (trouble.py), also in a stop; a stop drains for at most DRAIN_S.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import os
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from proxyd.clock import SYSTEM, Clock
+from proxyd.shm.beats import State
 from proxyd.store.schema import OpenTransaction, Row, Store, StoreError
 from proxyd.store.sink import make_store
 from proxyd.telemetry.deadletter import append_dead_letters
 from proxyd.telemetry.gather import Gatherer, Group
+from proxyd.telemetry.lock import LOCK_NAME, only_one
 from proxyd.telemetry.reader import interrupted
 from proxyd.telemetry.recovery import remove_leftovers
 from proxyd.telemetry.segment import DEAD_LETTERS, ensure_spool_dir, list_spool
 from proxyd.telemetry.spoolio import SpoolLog
+from proxyd.telemetry.trouble import StoreTrouble, count_left
 
-LOCK_NAME = "telemetry.lock"
 # An idle node looks at its spool this often: 20 directory listings a second cost 0.1 % of a core; twice doubles a
 # row's delay.
 IDLE_MAX_S = 0.05
 POLL_MIN_S = 0.005  # right after something came
-RETRY_MIN_S = 0.05
-RETRY_MAX_S = 5.0
 # How long a stop waits for live writers to close and for the store. The master kills after more than that.
 DRAIN_S = 5.0
 GAUGE_S = 1.0
@@ -66,6 +63,8 @@ RETENTION_RETRY_S = 60.0
 # Rows deleted at once: one short transaction between two groups. Ten times more would delay a group by tens of
 # milliseconds.
 RETENTION_ROWS = 500
+# Of one line in the log; a worker that died may have had thousands, and their rows name them all.
+REQUEST_IDS_TOLD = 20
 
 
 class Metrics(Protocol):
@@ -95,18 +94,20 @@ async def run(
     *,
     clock: Clock = SYSTEM,
     drain_s: float = DRAIN_S,
+    enter: Callable[[State], None] = lambda state: None,
 ) -> None:
     """The telemetry process's life: returns when `stop` is set and all closed streams are stored, or `drain_s` later.
 
+    `enter` is told what status shows of the process: waiting for another's lock, failing, ready.
     Raises SpoolError when server.state_dir is missing or not ours; nothing else that the disk or the database does
     ends it.
     """
     directory = ensure_spool_dir(config.server.state_dir)
     settings = Settings(config.telemetry.linger, config.telemetry.batch_rows, config.telemetry.retention, drain_s)
-    async with _only_one(Path(config.server.state_dir) / LOCK_NAME, stop, log) as is_ours:
+    async with only_one(Path(config.server.state_dir) / LOCK_NAME, stop, log, clock, enter) as is_ours:
         if is_ours:
             store = make_store(config.telemetry.sink, config.telemetry.durability)
-            await Writer(directory, store, settings, metrics, log, stop, clock).serve()
+            await Writer(directory, store, settings, metrics, log, stop, clock, enter).serve()
 
 
 class Writer:
@@ -114,8 +115,8 @@ class Writer:
 
     __slots__ = (
         "_clock", "_dead", "_directory", "_drain_until", "_gatherer", "_has_given_up", "_interrupted", "_is_open",
-        "_lag", "_log", "_next_gauge", "_next_retention", "_retry_s", "_settings", "_spool_bytes", "_stop",
-        "_store", "_stored",
+        "_lag", "_log", "_next_gauge", "_next_retention", "_pause_s", "_settings", "_spool_bytes", "_stop",
+        "_store", "_stored", "_trouble",
     )  # fmt: skip
 
     def __init__(
@@ -127,6 +128,7 @@ class Writer:
         log: SpoolLog,
         stop: asyncio.Event,
         clock: Clock = SYSTEM,
+        enter: Callable[[State], None] = lambda state: None,
     ) -> None:
         self._directory, self._store, self._settings = directory, store, settings
         self._log, self._stop, self._clock = log, stop, clock
@@ -137,7 +139,8 @@ class Writer:
         self._spool_bytes = metrics.gauge("proxyd_telemetry_spool_bytes")
         self._gatherer = Gatherer(directory, settings.batch_rows, log, clock)
         self._is_open = self._has_given_up = False
-        self._retry_s = RETRY_MIN_S
+        self._trouble = StoreTrouble(metrics, log, clock, enter)
+        self._pause_s: float | None = None
         self._drain_until: float | None = None
         self._next_gauge = 0.0
         self._next_retention = clock.monotonic() + RETENTION_RETRY_S
@@ -192,6 +195,7 @@ class Writer:
         except (StoreError, OSError) as error:
             self._on_failure(error)
             return False
+        self._trouble.on_success()
         return True
 
     def _is_due(self) -> bool:
@@ -244,7 +248,7 @@ class Writer:
                 self._on_failure(error)
                 if not await self._pause_after_failure():
                     return False
-        self._retry_s = RETRY_MIN_S
+        self._trouble.on_success()
         self._gatherer.group = Group()
         self._on_stored(group, refused)
         return True
@@ -264,7 +268,7 @@ class Writer:
                     self._log.error("spool_intent_unreadable", stream=stream.name, txn=txn)
                 elif not (stream.is_short and await self._store.holds(Row(*final[1:-1]))):
                     group.batch.rows.append(Row(*final[1:-1]))
-                    group.interrupted += 1
+                    group.interrupted.append(final.request_id)
                 if stream.end_transaction(txn):
                     group.batch.closed.append((stream.name, txn))
 
@@ -277,10 +281,15 @@ class Writer:
     def _on_stored(self, group: Group, refused: int) -> None:
         """Counts, and removes the files that the commit left behind."""
         now = self._clock.wall()
-        self._stored.add(len(group.batch.rows) - group.interrupted - refused)
+        self._stored.add(len(group.batch.rows) - len(group.interrupted) - refused)
         if group.interrupted:
-            self._interrupted.add(group.interrupted)
-            self._log.warning("transactions_interrupted", rows=group.interrupted)
+            self._interrupted.add(len(group.interrupted))
+            self._log.warning(
+                "transactions_interrupted",
+                rows=len(group.interrupted),
+                request_ids=group.interrupted[:REQUEST_IDS_TOLD],
+                more=max(0, len(group.interrupted) - REQUEST_IDS_TOLD),
+            )
         if refused:
             self._dead.add(refused)
             self._log.error("rows_refused", rows=refused, file=str(self._directory / DEAD_LETTERS))
@@ -314,21 +323,38 @@ class Writer:
 
     def _on_failure(self, error: Exception) -> None:
         self._is_open = False
-        self._spool_bytes.set(self._gatherer.waiting_bytes())
-        self._log.error(
-            "store_failed", reason=str(error), retry_s=self._retry_s, waiting=len(self._gatherer.group.batch.rows)
-        )
+        waiting = self._gatherer.waiting_bytes()
+        self._spool_bytes.set(waiting)
+        left_s = self._deadline() - self._clock.monotonic() if self._stop.is_set() else None
+        rows = len(self._gatherer.group.batch.rows)
+        self._pause_s = self._trouble.on_failure(error, left_s, rows, waiting)
 
     async def _pause_after_failure(self) -> bool:
         """Waits before the next try; False when a stop's time is up: what is not stored stays in the spool."""
+        if self._pause_s is None:
+            self._tell_left()
+            return False
         if self._stop.is_set():
-            if self._is_out_of_time():
-                return False
-            await asyncio.sleep(RETRY_MIN_S)
-            return True
-        await self._sleep(self._retry_s)
-        self._retry_s = min(self._retry_s * 2, RETRY_MAX_S)
+            await asyncio.sleep(self._pause_s)
+        else:
+            await self._sleep(self._pause_s)
         return True
+
+    def _tell_left(self) -> None:
+        """The last word of a stop while the store fails."""
+        try:
+            records, size = count_left(self._directory, self._gatherer.streams)
+        except OSError as error:
+            self._log.error("spool_unreadable", directory=str(self._directory), reason=str(error))
+            return
+        gathered = len(self._gatherer.group.batch.rows)
+        self._log.error(
+            "rows_left_in_spool",
+            records=None if records is None else records + gathered,
+            bytes=size,
+            directory=str(self._directory),
+            detail="the next start stores them, once the store works",
+        )
 
     async def _sleep(self, seconds: float) -> None:
         """Sleeps, or until a stop; while stopping only as long as keeps a poll from spinning."""
@@ -337,27 +363,3 @@ class Writer:
             return
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stop.wait(), seconds)
-
-
-@asynccontextmanager
-async def _only_one(path: Path, stop: asyncio.Event, log: SpoolLog) -> AsyncIterator[bool]:
-    """Holds the lock of the one process that may read this spool; yields False when told to stop before it was free."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        has_waited = False
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not has_waited:
-                    log.warning("telemetry_waits_for_predecessor", file=str(path))
-                    has_waited = True
-            if stop.is_set():
-                yield False
-                return
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), 0.05)
-        yield True
-    finally:
-        os.close(fd)

@@ -61,6 +61,7 @@ def build_status(
         | {
             "spool_bytes": sum(snapshot.gauges.get("proxyd_telemetry_spool_bytes", {}).values()),
             "rows": _by(snapshot.counters, "proxyd_telemetry_rows_total", "state"),
+            "store": store_trouble(snapshot.gauges),
         },
         "sockets": {"time_wait": time_wait},
     }
@@ -93,6 +94,14 @@ def _by(series: dict[str, dict[Labels, int]], name: str, label: str) -> dict[str
         key = dict(labels).get(label, "")
         found[key] = found.get(key, 0) + value
     return dict(sorted(found.items()))
+
+
+def store_trouble(gauges: dict[str, dict[Labels, int]]) -> dict[str, Any] | None:
+    """Why rows are not stored, and since when (wall seconds); None while they are."""
+    for labels, since in gauges.get("_store_failing_since", {}).items():
+        if since:
+            return {"failing_since": since, "reason": dict(labels).get("reason", "")}
+    return None
 
 
 def _failing(region: Region, workers: int, snapshot: Snapshot, monotonic_s: float) -> dict[str, tuple[int, str]]:

@@ -40,6 +40,7 @@ from proxyd.telemetry.spool import SpoolWriter
 from proxyd.upstream.upstreams import Upstreams
 from proxyd.web.admin import AdminContext, AdminServer
 from proxyd.web.app import Readiness, WebContext, WebServer
+from proxyd.web.status import store_trouble
 from proxyd.worker.adopt import Adoption
 from proxyd.worker.book import SpoolBook
 from proxyd.worker.jwks import KeyFetcher
@@ -233,7 +234,16 @@ class WorkerServices:
         slot = self._context.region.slots - 2
         gauges = read(self._context.region, self._clock.monotonic(), [slot]).gauges
         waiting = sum(gauges.get("proxyd_telemetry_spool_bytes", {}).values())
-        return {"telemetry": Beat(self._context.region, slot).state.name.lower(), "spool_bytes": waiting}
+        details: dict[str, object] = {
+            "telemetry": Beat(self._context.region, slot).state.name.lower(),
+            "spool_bytes": waiting,
+        }
+        trouble = store_trouble(gauges)
+        if trouble is not None:
+            # The admin listener tells the path as well; this route is public.
+            reason = trouble["reason"].rpartition(": ")[2]
+            details["store"] = {"state": "failing", "reason": reason, "failing_since": trouble["failing_since"]}
+        return details
 
     def _record(self, answered: Answered) -> None:
         """The access line and the count of what the relay did not answer."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +44,11 @@ def events(daemon: Daemon, name: str) -> list[dict[str, Any]]:
 
 def status(daemon: Daemon) -> dict[str, Any]:
     return json.loads(daemon.admin("/status")[1])  # type: ignore[no-any-return]
+
+
+def answer_well(line: Line) -> None:
+    while line.read_request():
+        line.send(GOOD)
 
 
 class Node:
@@ -106,3 +114,71 @@ def test_a_refused_key_is_an_event_with_its_number_and_the_line_has_the_provider
     assert "sk-secret" not in node.daemon.log()
     assert node.ask().status == 200
     peer.close()
+
+
+def test_a_store_that_is_garbage_is_seen_while_running_and_told_once_more_at_the_end(
+    nodes: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "telemetry.db").write_bytes(b"this is not a database, " * 100)
+    peer = Peer(answer_well)
+    node = nodes(f"{peer.url}/v1")
+    assert {node.ask().status for _ in range(3)} == {200}
+    wait_for(lambda: status(node.daemon)["telemetry"]["state"] == "failing")
+    store = status(node.daemon)["telemetry"]["store"]
+    assert "not a database" in store["reason"]
+    assert store["failing_since"] <= time.time()
+    ready, body = node.daemon.get("/readyz")
+    told = json.loads(body)["details"]
+    assert (ready, told["telemetry"], told["store"]["reason"]) == (200, "failing", "file is not a database")
+    before = len(events(node.daemon, "store_failed"))
+    node.daemon.close_clients()
+    node.daemon.stop()
+    lines = events(node.daemon, "store_failed")[before:]
+    assert len(lines) <= 12
+    assert lines[-1]["retry_s"] is None
+    assert sum(line["retry_s"] for line in lines[1:-1]) <= 5.1  # the first pause may be from before the TERM
+    (last,) = events(node.daemon, "rows_left_in_spool")
+    assert last["records"] == 3
+    assert last["bytes"] > 0
+    peer.close()
+
+
+def test_a_second_daemon_on_one_state_dir_names_the_holder_and_takes_over(nodes: Any, tmp_path: Path) -> None:
+    lock = (tmp_path / "telemetry.lock").open("w")
+    lock.write("4242\n")
+    lock.flush()
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    peer = Peer(answer_well)
+    node = nodes(f"{peer.url}/v1")
+    (line,) = wait_for(lambda: events(node.daemon, "telemetry_waits_for_predecessor"))
+    assert line["holder_pid"] == 4242
+    assert node.ask().status == 200
+    assert status(node.daemon)["telemetry"]["state"] == "waiting"
+    lock.close()
+    wait_for(lambda: events(node.daemon, "telemetry_took_over"))
+    wait_for(lambda: status(node.daemon)["telemetry"]["rows"].get("stored") == 1)
+    assert status(node.daemon)["telemetry"]["state"] == "ready"
+    peer.close()
+
+
+def test_a_term_to_the_whole_group_is_no_child_s_death(nodes: Any, tmp_path: Path) -> None:
+    with (tmp_path / "telemetry.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        peer = Peer(answer_well)
+        node = nodes(f"{peer.url}/v1")
+        wait_for(lambda: events(node.daemon, "telemetry_waits_for_predecessor"))
+        assert node.daemon.process is not None
+        for pid in (node.daemon.process.pid, *node.daemon.children()):
+            os.kill(pid, signal.SIGTERM)
+        assert node.daemon.process.wait(20) == 0
+    assert not events(node.daemon, "child_died")
+    assert len(events(node.daemon, "telemetry_waits_for_predecessor")) == 1
+    peer.close()
+
+
+def test_a_log_reopened_by_signal_says_so(nodes: Any) -> None:
+    node = nodes("http://127.0.0.1:1/v1")
+    assert node.daemon.process is not None
+    os.kill(node.daemon.process.pid, signal.SIGUSR1)
+    (line,) = wait_for(lambda: events(node.daemon, "logs_reopened"))
+    assert line["processes"] == 3

@@ -1,0 +1,109 @@
+"""A store that fails: how long until the next try, what is said of it, and what stays behind.
+
+Owns: the back-off, the words in log and status, the count of records in a spool. Must not know: what a commit is.
+Bounds: the pause doubles from RETRY_MIN_S to RETRY_MAX_S, and no pause is longer than what is left until a deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from proxyd.clock import Clock
+from proxyd.shm.beats import State
+from proxyd.telemetry.reader import Stream
+from proxyd.telemetry.record import Kind
+from proxyd.telemetry.segment import directory_bytes, list_spool
+from proxyd.telemetry.spoolio import SpoolLog
+
+__all__ = ["RETRY_MAX_S", "RETRY_MIN_S", "StoreTrouble", "count_left"]
+
+RETRY_MIN_S = 0.05
+RETRY_MAX_S = 5.0
+# A series of shared memory has 240 bytes for its name and labels.
+MAX_REASON = 200
+# What is read to count records at the very end; a larger spool is told in bytes only. Half a second of a slow core.
+MAX_COUNTED_BYTES = 64 * 1024 * 1024
+
+
+class Gauges(Protocol):
+    """What we need of shm.metrics.Metrics."""
+
+    def gauge(self, name: str, **labels: str) -> Any: ...
+
+
+class StoreTrouble:
+    """The failures in a row of one store. `enter`: what status shows of this process."""
+
+    __slots__ = ("_clock", "_enter", "_gauge", "_gauges", "_log", "_pause_s", "_since_s", "_tries")
+
+    def __init__(self, gauges: Gauges, log: SpoolLog, clock: Clock, enter: Callable[[State], None]) -> None:
+        self._gauges, self._log, self._clock, self._enter = gauges, log, clock, enter
+        self._gauge: Any = None
+        self._pause_s = RETRY_MIN_S
+        self._since_s = 0.0
+        self._tries = 0
+
+    def on_failure(self, error: Exception, left_s: float | None, waiting_rows: int, spool_bytes: int) -> float | None:
+        """Says what failed; the pause until the next try, or None when there is none within `left_s` (None: no
+        deadline)."""
+        now = self._clock.monotonic()
+        if not self._tries:
+            self._since_s = now
+            # For status and /readyz only, in wall seconds.
+            self._gauge = self._gauges.gauge("_store_failing_since", reason=_plain(str(error)))
+            self._gauge.set(int(self._clock.wall()))
+            self._enter(State.FAILING)
+        self._tries += 1
+        pause_s: float | None = self._pause_s
+        if left_s is not None:
+            pause_s = min(self._pause_s, left_s) if left_s > 0 else None
+        self._pause_s = min(self._pause_s * 2, RETRY_MAX_S)
+        self._log.error(
+            "store_failed",
+            reason=str(error),
+            tries=self._tries,
+            failing_s=round(now - self._since_s, 1),
+            retry_s=None if pause_s is None else round(pause_s, 2),
+            waiting_rows=waiting_rows,
+            spool_bytes=spool_bytes,
+        )
+        return pause_s
+
+    def on_success(self) -> None:
+        """The store did what it was asked for."""
+        if not self._tries:
+            return
+        self._log.info("store_recovered", tries=self._tries, failed_s=round(self._clock.monotonic() - self._since_s, 1))
+        self._tries, self._pause_s = 0, RETRY_MIN_S
+        self._gauge.set(0)
+        self._enter(State.READY)
+
+
+def count_left(directory: Path, known: Mapping[str, Stream]) -> tuple[int | None, int]:
+    """Ends of transactions in the spool behind what `known` has read (all of a stream that it does not have), and the
+    bytes of its files. None for a spool that is too large to be counted."""
+    size = directory_bytes(directory)
+    if size > MAX_COUNTED_BYTES:
+        return None, size
+    count = 0
+    for name, sequences in list_spool(directory)[0].items():
+        stream = known.get(name)
+        first = stream.sequence if stream is not None else 0
+        for sequence in sequences:
+            reader = Stream(directory, name)
+            if sequence < first or reader.enter(sequence, None) is None:
+                continue
+            if stream is not None and sequence == first:
+                reader.position = stream.position
+            while (frame := reader.next_frame()) is not None:
+                count += frame.kind == Kind.FINAL
+            reader.close()
+    return count, size
+
+
+def _plain(reason: str) -> str:
+    """Bounded, printable ASCII; of a long text the end, for it begins with a path."""
+    text = "".join(char if " " <= char <= "~" else "?" for char in reason)
+    return text if len(text) <= MAX_REASON else f"...{text[3 - MAX_REASON :]}"
