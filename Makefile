@@ -3,7 +3,7 @@
 #   make run      the demo: http://127.0.0.1 with a chat page, no key and no server needed
 #   make test     lint, types, every test; what .ci/run runs
 #   make build    the compiled modules, beside the sources
-#   make dist     sdist and wheel in dist/
+#   make dist     sdist and wheel in dist/, which it empties first; installs only what building needs
 #   make lint     ruff and mypy alone
 #   make bench    the benchmarks
 #   make lock     requirements-test.lock from what is installed in .venv
@@ -13,7 +13,12 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+BUILDERS := $(VENV)/.builders
+# -qq: errors, but no warnings.
+PIP := $(PY) -m pip install -qq --disable-pip-version-check
 ARGS ?=
+
+WHOSE := import sys; print(sys.version, sys.base_prefix)
 
 .PHONY: run test build dist lint types pytest bench lock clean distclean deps help
 .DEFAULT_GOAL := help
@@ -21,13 +26,20 @@ ARGS ?=
 help:
 	@sed -n 's/^#   //p' Makefile
 
-$(INSTALLED): requirements-test.lock
+# What building needs, and no more: `make dist` runs on production machines.
+$(BUILDERS): requirements-test.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "proxyd: Python 3.11 or later is needed, this is $$($(PYTHON) -V); set PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 	  || { echo "proxyd: the venv module is missing; install it: apt install python3-venv" >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.lock
+	@$(PIP) -c requirements-test.lock build Cython setuptools wheel
+	@touch $@
+
+$(INSTALLED): requirements-test.lock
+	@test -e $@ || echo "building, about a minute, once"
+	@$(MAKE) --no-print-directory $(BUILDERS)
+	@$(PIP) -r requirements-test.lock
 	@touch $@
 
 build: $(INSTALLED)
@@ -54,8 +66,18 @@ pytest: build
 bench: build
 	@$(PY) -m tests.bench $(ARGS)
 
-dist: $(INSTALLED)
-	@$(PY) -m build --no-isolation
+# An interpreter that was asked for must be the one of .venv, or the wheel would fit another.
+dist: $(BUILDERS)
+ifneq ($(origin PYTHON),file)
+	@test "$$($(PYTHON) -c '$(WHOSE)')" = "$$($(PY) -c '$(WHOSE)')" \
+	  || { echo "proxyd: .venv was made with another Python than $(PYTHON); make distclean first" >&2; exit 1; }
+endif
+	@rm -rf dist
+	@mkdir -p build
+	@echo "building, about half a minute"
+	@$(PY) -m build --no-isolation >build/dist.log 2>&1 \
+	  || { grep '^proxyd: ' build/dist.log || tail -n 40 build/dist.log; exit 1; } >&2
+	@ls dist/*
 
 lock:
 	@{ echo "# What the tests ran with: \`make lock\` writes this from the tested .venv. Names and versions only."; \

@@ -96,7 +96,13 @@ def extensions() -> list[Extension]:
         "initializedcheck": DEBUG,
     }
     try:
-        return cythonize(found, include_path=["ext"], build_dir=f"build/cython-{KIND}", compiler_directives=directives)
+        return cythonize(
+            found,
+            include_path=["ext"],
+            build_dir=f"build/cython-{KIND}",
+            compiler_directives=directives,
+            quiet="--quiet" in sys.argv,
+        )
     except CompileError as error:
         give_up(f"Cython refused {error}", "its reasons are above")
         raise
