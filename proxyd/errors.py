@@ -106,7 +106,8 @@ class UpstreamError(Exception):
 class Finding:
     """One thing that is wrong, or doubtful, about a configuration: where, what, and what to do about it.
 
-    `line` counts from 1, which also stands for the file as a whole. `key` is the dotted path, elements from [0].
+    `line` counts from 1, which also stands for the file as a whole. `key` is the dotted path, elements from [0];
+    `name` is what the file calls that element, where it has a name.
     """
 
     severity: Literal["error", "warning"]
@@ -115,10 +116,13 @@ class Finding:
     key: str
     message: str
     remedy: str
+    name: str = ""
 
     def text(self) -> str:
         """The one line that an operator reads."""
         subject = f" {self.key}" if self.key else ""
+        if self.name:
+            subject += f" ({self.name})"
         advice = f"; {self.remedy}" if self.remedy else ""
         return f"{self.severity} {self.file}:{self.line}{subject}: {self.message}{advice}"
 

@@ -137,7 +137,15 @@ def _host_findings(config: Config) -> list[Finding]:
 
 def _findings(config: Config, found: Iterable[_Found]) -> list[Finding]:
     return [
-        Finding("error" if is_error else "warning", config.file, config.line_of(*key), key_text(key), message, remedy)
+        Finding(
+            "error" if is_error else "warning",
+            config.file,
+            config.line_of(*key),
+            key_text(key),
+            message,
+            remedy,
+            config.name_of(*key),
+        )
         for is_error, key, message, remedy in found
     ]
 

@@ -166,7 +166,18 @@ class _Finder:
         self.bad: set[KeyPath] = set()
 
     def add(self, severity: rules.Severity, key: KeyPath, message: str, remedy: str) -> None:
-        self.findings.append(Finding(severity, self.path, self.line(key), key_text(key), message, remedy))
+        name = self.name(key)
+        self.findings.append(Finding(severity, self.path, self.line(key), key_text(key), message, remedy, name))
+
+    def name(self, key: KeyPath) -> str:
+        """The name of the upstream or model that holds the key, if the file gives it a usable one."""
+        if len(key) < 2 or key[0] not in ("upstream", "model"):
+            return ""
+        try:
+            name = self.document[key[0]][key[1]]["name"]
+        except (KeyError, IndexError, TypeError):
+            return ""
+        return name if isinstance(name, str) and re.fullmatch(r"[!-~]{1,64}", name) else ""
 
     def line(self, key: KeyPath) -> int:
         """The line of a key or of what encloses it; 1 when the file mentions neither."""
@@ -203,7 +214,9 @@ class _Finder:
         if kind == "refused":
             self.add("error", key, context["message"], context["remedy"])
         elif kind == "extra_forbidden":
-            self.add("error", key, "unknown key", _nearest(key))
+            is_later = len(key) == 1 and key[0] in _LATER
+            message = "unknown key: not part of this version" if is_later else "unknown key"
+            self.add("error", key, message, "remove the table" if is_later else _nearest(key))
         elif kind == "missing":
             self.add("error", key, "is missing", f"add it: {_example(key)}")
         elif kind == "literal_error":
@@ -290,9 +303,12 @@ def _inner_model(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+# Tables of the contract that belong to later versions.
+_LATER = ("tasks", "gateway", "bus")
 # Keys that people expect, and where what they want is.
 _HINTS = {
     "api_key": "put the key into a file and name it with api_key_file",
+    "key": "put the key into a file and name it with api_key_file",
     "secret": "put the secret into a file and name it with secret_file",
     "password": "put the password into a file and name it with password_file",
 }
@@ -307,16 +323,24 @@ def _nearest(key: KeyPath) -> str:
     here = list(model.model_fields)
     if name in _HINTS:
         return _HINTS[name]
-    close = difflib.get_close_matches(name, here, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name.lower(), here, n=1, cutoff=0.6)
     if close:
-        return f"did you mean {close[0]}?"
+        return f"did you mean {_as_written(close[0], model)}?"
     for section, info in Config.model_fields.items():
         inner = _inner_model(info.annotation)
         if inner is not None and inner is not model and name in inner.model_fields:
-            table = f"[[{section}]]" if section in ("upstream", "model") else f"[{section}]"
-            return f"did you mean {name} in {table}?"
-    anyway = difflib.get_close_matches(name, here, n=1, cutoff=0.0)
-    return f"remove it; the nearest known key is {anyway[0]}" if anyway else "remove it"
+            return f"did you mean {name} in {_as_written(section, Config)}?"
+    near = difflib.get_close_matches(name.lower(), here, n=1, cutoff=0.5)
+    if near:
+        return f"remove it; the nearest known key is {_as_written(near[0], model)}"
+    return f"remove it; known here: {', '.join(_as_written(one, model) for one in here)}"
+
+
+def _as_written(name: str, model: type[BaseModel]) -> str:
+    """A key, or a table in its brackets."""
+    if model is not Config:
+        return name
+    return f"[[{name}]]" if name in ("upstream", "model") else f"[{name}]"
 
 
 _EXAMPLES = {

@@ -311,6 +311,17 @@ class Config(Section):
                 return line
         return 1
 
+    def name_of(self, *path: str | int) -> str:
+        """What the upstream or model that holds an option is called; "" for the others."""
+        if len(path) > 1 and isinstance(path[1], int):
+            names: dict[str | int, list[str]] = {
+                "upstream": [one.name for one in self.upstream],
+                "model": [one.name for one in self.model],
+            }
+            entries = names.get(path[0], [])
+            return entries[path[1]] if path[1] < len(entries) else ""
+        return ""
+
     def remember_origin(self, file: str, lines: dict[tuple[str | int, ...], int]) -> None:
         """Called once, by load.py: where each key path stands."""
         self._origin = (file, lines)

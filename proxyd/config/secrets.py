@@ -99,7 +99,8 @@ class _Reader:
         self.credentials: dict[str, str] = {}  # credential name -> the path it stands for
 
     def find(self, severity: Literal["error", "warning"], key: KeyPath, message: str, remedy: str) -> None:
-        finding = Finding(severity, self.config.file, self.config.line_of(*key), key_text(key), message, remedy)
+        line, name = self.config.line_of(*key), self.config.name_of(*key)
+        finding = Finding(severity, self.config.file, line, key_text(key), message, remedy, name)
         if finding not in self.findings:
             self.findings.append(finding)
 

@@ -19,6 +19,8 @@ from pydantic_core import PydanticCustomError
 
 from proxyd.config.units import UnitError, format_duration, format_size, parse_duration, parse_size
 
+# How an upstream may be called.
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 # sockaddr_un.sun_path is 108 bytes and ends in a NUL: unix(7).
 MAX_UNIX_PATH = 107
 
@@ -34,7 +36,7 @@ def duration(shortest: str, longest: str) -> BeforeValidator:
 
     def check(value: Any) -> float:
         try:
-            seconds = parse_duration(value)
+            seconds = parse_duration(value, low, high)
         except UnitError as error:
             refuse(error.message, error.remedy)
         if not low <= seconds <= high:
@@ -50,7 +52,7 @@ def size(smallest: str, largest: str) -> BeforeValidator:
 
     def check(value: Any) -> int:
         try:
-            count = parse_size(value)
+            count = parse_size(value, low, high)
         except UnitError as error:
             refuse(error.message, error.remedy)
         if not low <= count <= high:
@@ -185,6 +187,8 @@ def one_or_list(value: Any) -> Any:
 
 def upstream_groups(value: Any) -> Any:
     """["a", ["b", "c"]] as (("a",), ("b", "c")): each group is tried in turn, its members share by weight."""
+    if isinstance(value, str) and re.fullmatch(NAME_PATTERN, value):
+        refuse("must be a list of upstream names", f'write ["{value}"]')
     if not isinstance(value, list | tuple) or not value:
         refuse("must be a list of upstream names", 'write ["a"], or [["a", "b"], "c"]')
     groups: list[tuple[str, ...]] = []
@@ -276,7 +280,7 @@ def whole(low: int, high: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-Name = Annotated[str, named(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "1 to 64 letters, digits, '.', '_' or '-'")]
+Name = Annotated[str, named(NAME_PATTERN, "1 to 64 letters, digits, '.', '_' or '-'")]
 ModelName = Annotated[str, named(r"\*|[!-~]{1,128}", '1 to 128 visible ASCII characters, or "*"')]
 ModelNameOrNone = Annotated[str, named(r"[!-~]{0,128}", "up to 128 visible ASCII characters")]
 Path = Annotated[str, BeforeValidator(absolute_path)]

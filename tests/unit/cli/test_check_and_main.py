@@ -101,6 +101,7 @@ def test_json_holds_the_same_findings(node, capsys):
     assert (document["errors"], document["warnings"], document["file"]) == (1, 0, str(node.path))
     finding = document["findings"][0]
     assert (finding["severity"], finding["key"], finding["line"]) == ("error", "model[0].id", 16)
+    assert finding["name"] == "m"
     assert finding["message"]
     assert finding["remedy"]
 

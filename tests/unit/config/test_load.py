@@ -58,7 +58,11 @@ def test_inner_lists_share_by_weight_and_stay_in_order():
             2,
             "tokens_per_minute",
         ),
-        ("[log]\nx = 1\n", "log.x", 2, "nearest known key"),
+        ("[log]\nx = 1\n", "log.x", 2, "remove it; known here: access, format, level"),
+        ("[log]\nfromat_of = 1\n", "log.fromat_of", 2, "format"),
+        ("[[models]]\nname = 'm'\n", "models", 1, "did you mean [[model]]?"),
+        ("[Server]\n", "Server", 1, "did you mean [server]?"),
+        ("[metrics]\n", "metrics", 1, "remove it"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_known_one(text, key, line, meant):
@@ -72,7 +76,8 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(text, key, line, mea
 def test_tables_of_later_versions_are_unknown_keys(table):
     found = only(MINIMAL + f"[{table}]\n")
     assert (found.key, found.line) == (table, MINIMAL.count("\n") + 1)
-    assert "unknown key" in found.message
+    assert found.message == "unknown key: not part of this version"
+    assert found.remedy == "remove the table"
 
 
 def test_an_unknown_key_of_the_second_upstream_has_its_own_line():
@@ -277,6 +282,17 @@ def test_an_unreadable_file_is_an_oserror(tmp_path):
         load(str(tmp_path / "none.toml"), ENVIRON)
 
 
+def test_a_finding_about_an_upstream_or_a_model_has_its_name_beside_its_key():
+    found = only(MINIMAL.replace("https:", "gopher:"))
+    assert (found.key, found.name) == ("upstream[0].url", "a")
+    assert " upstream[0].url (a): " in found.text()
+    assert only(MINIMAL.replace('["a"]', '["b"]')).text().startswith("error F:9 model[0].upstreams[0] (m): ")
+
+
+def test_an_upstream_in_place_of_a_list_of_them_is_told_the_list():
+    assert only(MINIMAL.replace('["a"]', '"a"')).remedy == 'write ["a"]'
+
+
 def test_a_loaded_file_knows_its_lines(tmp_path):
     path = tmp_path / "p.toml"
     path.write_text(MINIMAL)
@@ -290,8 +306,8 @@ def test_a_loaded_file_knows_its_lines(tmp_path):
 def test_a_finding_is_one_line_of_the_contract():
     text = only(MINIMAL + "[stream]\nheartbeat = 15\n").text()
     assert (
-        text
-        == 'error F:11 stream.heartbeat: a bare number where a duration is needed; write the unit, for example "15s"'
+        text == "error F:11 stream.heartbeat: a bare number where a duration is needed; "
+        'write it with its unit: "15s" if it is seconds'
     )
 
 

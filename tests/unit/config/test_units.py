@@ -50,10 +50,27 @@ def test_a_decimal_size_unit_names_the_binary_one(text, remedy):
     assert remedy in caught.value.remedy
 
 
-def test_a_bare_number_is_told_its_unit():
+@pytest.mark.parametrize(
+    "parse, value, told",
+    [
+        (parse_duration, 30, '"30s" if it is seconds, "30ms" if it is milliseconds'),
+        (parse_duration, "30", '"30s" if it is seconds, "30ms" if it is milliseconds'),
+        (lambda value: parse_duration(value, 0.1, 600), 15, 'unit: "15s" if it is seconds'),
+        (lambda value: parse_duration(value, 0.1, 600), 15000, 'unit: "15s" if it is milliseconds'),
+        (lambda value: parse_duration(value, 0.1, 600), 10**9, 'such as "250ms"'),
+        (lambda value: parse_size(value, 1, 1 << 30), 20000000, 'unit: "20000000B" if it is bytes'),
+        (lambda value: parse_size(value, 1, 1 << 30), 8388608, 'unit: "8MiB" if it is bytes'),
+        (lambda value: parse_size(value, 1024, 1 << 20), 64, 'unit: "64KiB" if it is KiB'),
+        (lambda value: parse_size(value, 1, 1 << 30), -1, 'such as "512B"'),
+        (parse_duration, float("inf"), 'such as "250ms"'),
+        (parse_size, float("nan"), 'such as "512B"'),
+    ],
+)
+def test_a_bare_number_is_told_what_it_may_mean_within_the_bounds(parse, value, told):
     with pytest.raises(UnitError) as caught:
-        parse_duration(30)
-    assert 'for example "30s"' in caught.value.remedy
+        parse(value)
+    assert caught.value.remedy.endswith(told) or told in caught.value.remedy
+    assert "KiB" in told or "it is KiB" not in caught.value.remedy
 
 
 def test_half_a_byte_is_refused():
