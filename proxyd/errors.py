@@ -33,7 +33,8 @@ class Refusal(Exception):
     """What we answer to a client instead of serving it.
 
     `headers` are extra answer headers, names lower-cased; `retry_after_s` (seconds, 1 or more) adds `retry-after`.
-    `close` ends the connection after the answer, for input whose end we cannot know.
+    `close` ends the connection after the answer, for input whose end we cannot know. `reason` (one word, finer than the
+    code) and `detail` are for our log only.
     """
 
     def __init__(
@@ -47,6 +48,8 @@ class Refusal(Exception):
         retry_after_s: int | None = None,
         headers: Iterable[tuple[str, str]] = (),
         close: bool = False,
+        reason: str = "",
+        detail: str = "",
     ) -> None:
         assert 400 <= status <= 599, status
         super().__init__(status, code, message)
@@ -56,6 +59,8 @@ class Refusal(Exception):
         self.type = _type_of(status) if type is None else type
         self.param = param
         self.close = close
+        self.reason = reason
+        self.detail = detail
         extra = tuple(headers)
         if retry_after_s is not None:
             extra += (("retry-after", str(max(1, retry_after_s))),)
@@ -63,6 +68,11 @@ class Refusal(Exception):
 
     def __str__(self) -> str:
         return f"{self.status} {self.code}: {self.message}"
+
+    @property
+    def cause(self) -> str:
+        """The word in the access line: the code, and the reason behind a dot where there is one."""
+        return f"{self.code}.{self.reason}" if self.reason else self.code
 
 
 class UpstreamErrorKind(StrEnum):

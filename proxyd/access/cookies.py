@@ -56,7 +56,9 @@ def find_cookie(headers: Headers, name: bytes) -> bytes | None:
             continue
         total_bytes += len(value)
         if total_bytes > MAX_COOKIE_BYTES:
-            raise Refusal(403, "invalid_token", "The Cookie header is too long to be searched for a session.")
+            raise Refusal(
+                403, "invalid_token", "The Cookie header is too long to be searched for a session.", reason="format"
+            )
         if name not in value:
             continue
         for pair in value.split(b";"):

@@ -38,6 +38,8 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 _FIELD_NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+(?:[ \t]*,[ \t]*[A-Za-z0-9!#$%&'*+.^_`|~-]+)*")
 # The SDKs ask for about twenty `x-stainless-*` names, 400 bytes together.
 _MAX_FIELD_NAMES_BYTES = 4096
+# Of a value that is quoted in the log: any real origin with room to spare.
+_MAX_SHOWN = 200
 
 ALLOW_METHODS = b"GET, POST, DELETE"
 # What a page may read beside the safelisted headers. A wildcard does not count together with credentials.
@@ -63,11 +65,14 @@ class Verdict(NamedTuple):
 
     allowed: bool
     cors_headers: list[tuple[bytes, bytes]]
+    detail: str = ""
+    """For the log, of one that may not."""
 
     def enforce(self) -> None:
         """Raises Refusal 403 unless the request may go on."""
         if not self.allowed:
-            raise Refusal(403, "origin_not_allowed", "This origin may not use the session of this site.")
+            message = "This origin may not use the session of this site."
+            raise Refusal(403, "origin_not_allowed", message, detail=self.detail)
 
 
 def parse_origin(text: str) -> Origin | None:
@@ -119,9 +124,10 @@ class OriginPolicy:
         if values:
             origin = _origin_of(values)
             known = origin is not None and (origin in self._allowed or _is_own(origin, headers, scheme))
-            return Verdict(known, cors)
+            return Verdict(known, cors, "" if known else _shown(headers))
         sites = [value.strip(b" \t").lower() for value in _values(headers, b"sec-fetch-site")]
-        return Verdict(b"cross-site" not in sites and b"same-site" not in sites, cors)
+        known = b"cross-site" not in sites and b"same-site" not in sites
+        return Verdict(known, cors, "" if known else _shown(headers))
 
     def cors_headers(self, headers: Headers) -> list[tuple[bytes, bytes]]:
         """What lets an allowed origin read the answer; for others only Vary, and nothing at all where no origin is
@@ -149,7 +155,11 @@ class OriginPolicy:
         origin = _origin_of(values)
         if origin is None or not (origin in self._allowed or _is_own(origin, headers, scheme)):
             raise Refusal(
-                403, "origin_not_allowed", "This origin may not use this site.", headers=(("vary", "Origin"),)
+                403,
+                "origin_not_allowed",
+                "This origin may not use this site.",
+                headers=(("vary", "Origin"),),
+                detail=_shown(headers),
             )
         answer = [
             (b"access-control-allow-origin", values[0].strip(b" \t")),
@@ -166,6 +176,16 @@ class OriginPolicy:
 
 def _values(headers: Headers, name: bytes) -> list[bytes]:
     return [value for header, value in headers if header == name]
+
+
+def _shown(headers: Headers) -> str:
+    """What was compared, for the log: bounded and printable, whatever the client sent."""
+    parts = []
+    for name in (b"origin", b"sec-fetch-site", b"host"):
+        for value in _values(headers, name)[:2]:
+            text = "".join(chr(byte) if 0x21 <= byte <= 0x7E else "?" for byte in value[:_MAX_SHOWN])
+            parts.append(f"{name.decode()}={text}")
+    return " ".join(parts)
 
 
 def _origin_of(values: list[bytes]) -> Origin | None:

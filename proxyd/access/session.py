@@ -76,7 +76,7 @@ class UnknownKey(Refusal):
 
     def __init__(self, *, is_loaded: bool, is_pending: bool) -> None:
         if is_loaded:
-            super().__init__(403, "invalid_token", "The token's key is not known.")
+            super().__init__(403, "invalid_token", "The token's key is not known.", reason="key")
         else:
             super().__init__(
                 503, "keys_unavailable", "The keys to check tokens with are not loaded yet.", retry_after_s=2
@@ -146,7 +146,7 @@ class Sessions:
     def verify(self, token: bytes, via: Via) -> Session:
         """The session of one token. Raises Refusal 403."""
         if len(token) > MAX_TOKEN_BYTES:
-            raise invalid("The token is too long.")
+            raise invalid("The token is too long.", reason="format")
         now = self._clock.wall()
         digest = sha256(token).digest()
         name = digest + via.encode()
@@ -168,11 +168,11 @@ class Sessions:
         parts = split(token)
         key = self._key(parts)
         if len(parts.signature) != key.signature_bytes:
-            raise invalid("The token's signature is wrong.")
+            raise invalid("The token's signature is wrong.", reason="signature")
         claims = read_claims(parts.payload, self._issuer, self._audience)
         check_times(claims.expires_at, claims.not_before, claims.issued_at, now, self._leeway_s)
         if not key.is_signature(parts.signing_input, parts.signature):
-            raise invalid("The token's signature is wrong.")
+            raise invalid("The token's signature is wrong.", reason="signature")
         return _Verified(_session(claims, via, digest), key)
 
     def _key(self, parts: Parts) -> VerifyKey:
@@ -184,8 +184,8 @@ class Sessions:
             is_pending = remote.on_unknown_key()
             raise UnknownKey(is_loaded=remote.is_loaded, is_pending=is_pending)
         if parts.alg not in self._ring.algorithms:
-            raise invalid("The token's algorithm is not accepted.")
-        raise invalid("The token's key is not known.")
+            raise invalid("The token's algorithm is not accepted.", reason="algorithm")
+        raise invalid("The token's key is not known.", reason="key")
 
     def _remember(self, name: bytes, verified: _Verified) -> None:
         self._cache[name] = verified

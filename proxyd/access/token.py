@@ -55,9 +55,10 @@ _KID = re.compile(r"[A-Za-z0-9._~+/=:@-]{1,256}")
 _USER = re.compile(r"0|[1-9][0-9]{0,19}")
 
 
-def invalid(message: str, code: str = "invalid_token") -> Refusal:
-    """The 403 for a token that is no good. `message` must be ours: never a part of the token."""
-    return Refusal(403, code, message)
+def invalid(message: str, code: str = "invalid_token", *, reason: str = "") -> Refusal:
+    """The 403 for a token that is no good. `message` must be ours: never a part of the token. `reason` is for the log:
+    format, claims, algorithm, key, signature, issuer, audience or clock."""
+    return Refusal(403, code, message, reason=reason)
 
 
 class _BadJson(ValueError):
@@ -92,24 +93,24 @@ class Claims:
 def split(token: bytes) -> Parts:
     """Takes `token` apart and checks its header. Raises Refusal 403."""
     if len(token) > MAX_TOKEN_BYTES:
-        raise invalid("The token is too long.")
+        raise invalid("The token is too long.", reason="format")
     shape = _SHAPE.fullmatch(token)
     if shape is None:
-        raise invalid("The token is not three base64url parts.")
+        raise invalid("The token is not three base64url parts.", reason="format")
     header_part, payload_part, signature_part = shape.groups()
     header = _object(_decode(header_part), MAX_HEADER_CONTAINERS)
     alg = header.get("alg")
     if not isinstance(alg, str):
-        raise invalid("The token's header names no algorithm.")
+        raise invalid("The token's header names no algorithm.", reason="algorithm")
     if not _REFUSED_MEMBERS.isdisjoint(header):
-        raise invalid("The token's header has a member that is not accepted here.")
+        raise invalid("The token's header has a member that is not accepted here.", reason="format")
     typ = header.get("typ", "JWT")
     if not isinstance(typ, str) or typ.lower() not in _ACCEPTED_TYPES:
-        raise invalid("The token is of another type.")
+        raise invalid("The token is of another type.", reason="format")
     kid = header.get("kid")
     if "kid" in header:
         if not is_kid(kid):
-            raise invalid("The token's key name is not one.")
+            raise invalid("The token's key name is not one.", reason="format")
     return Parts(alg, kid, _decode(payload_part), token[: shape.end(2)], _decode(signature_part))
 
 
@@ -130,11 +131,11 @@ def read_claims(payload: bytes, issuer: str, audience: str) -> Claims:
     claims = _object(payload, MAX_CLAIMS_CONTAINERS)
     expires_at = claims.get("exp")
     if type(expires_at) is not int or not 0 < expires_at <= MAX_TIME_S:
-        raise invalid("The token's exp is missing or not a time.")
+        raise invalid("The token's exp is missing or not a time.", reason="claims")
     user_id = _user_id(claims.get("sub"))
     tenant = claims.get("tenant", DEFAULT_TENANT)
     if not is_tenant(tenant):
-        raise invalid("The token's tenant is not a tenant's name.")
+        raise invalid("The token's tenant is not a tenant's name.", reason="claims")
     not_before = _optional(claims, "nbf", _is_time)
     issued_at = _optional(claims, "iat", _is_time)
     quota_remaining = _optional(claims, "quota_remaining", _is_quota)
@@ -160,9 +161,9 @@ def check_times(
     if now >= expires_at + leeway_s:
         raise invalid("The token has expired.", "token_expired")
     if not_before is not None and now < not_before - leeway_s:
-        raise invalid("The token is not valid yet.")
+        raise invalid("The token is not valid yet.", reason="clock")
     if issued_at is not None and now < issued_at - leeway_s:
-        raise invalid("The token was issued in the future.")
+        raise invalid("The token was issued in the future.", reason="clock")
 
 
 def _decode(part: bytes) -> bytes:
@@ -171,7 +172,7 @@ def _decode(part: bytes) -> bytes:
     """
     rest = len(part) % 4
     if rest == 1 or (rest == 2 and part[-1] not in _LAST_OF_2) or (rest == 3 and part[-1] not in _LAST_OF_3):
-        raise invalid("The token is not canonical base64url.")
+        raise invalid("The token is not canonical base64url.", reason="format")
     return urlsafe_b64decode(part + _PADDING[rest])
 
 
@@ -180,13 +181,13 @@ def _object(data: bytes, max_containers: int) -> dict[str, Any]:
     # Brackets inside strings count too: an upper bound of the depth is all that is needed, at the price of two byte
     # counts.
     if data.count(b"{") + data.count(b"[") > max_containers:
-        raise invalid("The token is nested too deeply.")
+        raise invalid("The token is nested too deeply.", reason="format")
     try:
         value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError):
-        raise invalid("A part of the token is not a plain JSON object.") from None
+        raise invalid("A part of the token is not a plain JSON object.", reason="format") from None
     if not isinstance(value, dict):
-        raise invalid("A part of the token is not a plain JSON object.")
+        raise invalid("A part of the token is not a plain JSON object.", reason="format")
     return value
 
 
@@ -208,7 +209,7 @@ def _user_id(sub: object) -> int:
         user_id = int(sub)
         if user_id <= MAX_USER_ID:
             return user_id
-    raise invalid("The token's sub is missing or not a user's number.")
+    raise invalid("The token's sub is missing or not a user's number.", reason="claims")
 
 
 def _optional(claims: dict[str, Any], name: str, is_right: Callable[[Any], bool]) -> Any:
@@ -217,7 +218,7 @@ def _optional(claims: dict[str, Any], name: str, is_right: Callable[[Any], bool]
         return None
     value = claims[name]
     if not is_right(value):
-        raise invalid(f"The token's {name} is of the wrong type.")
+        raise invalid(f"The token's {name} is of the wrong type.", reason="claims")
     return value
 
 
@@ -244,10 +245,10 @@ def _check_parties(claims: dict[str, Any], issuer: str, audience: str) -> None:
     """`iss` and `aud` have the right type wherever they are there, and the right value where one is configured."""
     iss = claims.get("iss", "")
     if not isinstance(iss, str) or (issuer and iss != issuer):
-        raise invalid("The token is from another issuer.")
+        raise invalid("The token is from another issuer.", reason="issuer")
     aud = claims.get("aud", [])
     audiences = [aud] if isinstance(aud, str) else aud
     if not isinstance(audiences, list) or not all(isinstance(name, str) for name in audiences):
-        raise invalid("The token's aud is of the wrong type.")
+        raise invalid("The token's aud is of the wrong type.", reason="claims")
     if audience and audience not in audiences:
-        raise invalid("The token is for another audience.")
+        raise invalid("The token is for another audience.", reason="audience")

@@ -263,12 +263,13 @@ class ClientConnection(Channel):
             door.handler(self, request)
         except Refusal as refusal:
             self.refuse(refusal)
-            door.record_refusal(self, head, refusal.status, request.request_id)
+            door.record_refusal(self, head, refusal, request.request_id)
         except Exception as error:  # noqa: BLE001 - here one request ends, not the worker
             door.log.error("handler_failed", request_id=request.request_id, error=repr(error))
             if self.state is State.SERVING:
-                self.refuse(Refusal(500, "internal_error", "The request could not be served.", close=True))
-                door.record_refusal(self, head, 500, request.request_id)
+                failure = Refusal(500, "internal_error", "The request could not be served.", close=True)
+                self.refuse(failure)
+                door.record_refusal(self, head, failure, request.request_id)
             else:
                 self._close()
         if self.state is State.SERVING:
@@ -287,7 +288,7 @@ class ClientConnection(Channel):
         request_id = self.request_id
         headers, body = self._error(refusal)
         self._answer(refusal.status, headers + cors, body, close)
-        self._door.record_refusal(self, head, refusal.status, request_id)
+        self._door.record_refusal(self, head, refusal, request_id)
 
     def _error(self, refusal: Refusal) -> tuple[Headers, bytes]:
         """Headers and body of an error, where the route's SDKs look for its parts."""

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from proxyd.clock import Clock
+from proxyd.errors import Refusal
 from proxyd.front import replies, routes
 from proxyd.front.connection import ClientConnection
 from proxyd.front.proxies import UNIX_PEER, Proxies
@@ -64,6 +65,9 @@ class Answered:
     peer: str
     bytes_sent: int
     duration_s: float
+    cause: str = ""
+    """Why it was refused, in a word; "" for one that was not."""
+    detail: str = ""
 
 
 Serve = Callable[[ClientConnection, Request], None]
@@ -148,7 +152,7 @@ class Door:
             self._web(conn, request)
         else:
             conn.reply(204, self._preflight(request), b"")
-            self.record_refusal(conn, request.head, 204, request.request_id)
+            self.record_answer(conn, request.head, 204, request.request_id)
 
     def check(self, head: RequestHead) -> None:
         """Refuses, before its body is read, what no body could make right. Raises Refusal."""
@@ -186,7 +190,21 @@ class Door:
             self._date = replies.http_date(second)
         return self._date
 
-    def record_refusal(self, conn: ClientConnection, head: RequestHead | None, status: int, request_id: str) -> None:
+    def record_refusal(
+        self, conn: ClientConnection, head: RequestHead | None, refusal: Refusal, request_id: str
+    ) -> None:
+        """Reports an answer of the front's own that refused something."""
+        self.record_answer(conn, head, refusal.status, request_id, refusal.cause, refusal.detail)
+
+    def record_answer(
+        self,
+        conn: ClientConnection,
+        head: RequestHead | None,
+        status: int,
+        request_id: str,
+        cause: str = "",
+        detail: str = "",
+    ) -> None:
         """Reports an answer that the front itself gave."""
         self.record(
             Answered(
@@ -198,5 +216,7 @@ class Door:
                 peer=conn.identity.peer,
                 bytes_sent=conn.answered_bytes,
                 duration_s=0.0,
+                cause=cause,
+                detail=detail,
             )
         )

@@ -15,6 +15,7 @@ Invariants
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from proxyd.errors import Refusal
@@ -33,6 +34,11 @@ _CODES = {
     501: "not_supported",
     505: "http_version_not_supported",
 }
+
+# Reasons of wire.head and wire.framing that have a shorter name; every other one is its own.
+_WORDS = {"chunk": "bad_chunk", "trailers": "bad_trailers", "no Host": "missing_host"}
+_NO_LETTERS = re.compile(r"[^a-z0-9]+")
+_TLS_HANDSHAKE = 0x16
 
 # The first byte of a method, as far as we know any. A TLS hello or another protocol on this port gets its 400 at once
 # instead of a 408 after head_timeout. CR: an empty line before the request.
@@ -61,8 +67,24 @@ def choose_request_id(head: RequestHead, is_trusted: bool) -> str:
     return new_request_id()
 
 
-def _refusal(status: int, reason: str) -> Refusal:
-    return Refusal(status, _CODES.get(status, "bad_request"), f"{reason[:1].upper()}{reason[1:]}.", close=True)
+def _refusal(status: int, reason: str, word: str = "") -> Refusal:
+    code = _CODES.get(status, "bad_request")
+    word = word or _word_of(reason)
+    return Refusal(
+        status,
+        code,
+        f"{reason[:1].upper()}{reason[1:]}.",
+        close=True,
+        reason="" if word.endswith(code) else word,
+    )
+
+
+def _word_of(reason: str) -> str:
+    """The reason as one word of the access line's `cause`. What a parser added behind a colon is not in it."""
+    for part, word in _WORDS.items():
+        if part in reason:
+            return word
+    return "_".join(_NO_LETTERS.split(reason.partition(":")[0].lower()))[:48].strip("_")
 
 
 class RequestReader:
@@ -97,7 +119,8 @@ class RequestReader:
         if not pending:
             return None
         if pending[0] not in _FIRST_BYTES:
-            raise _refusal(400, "malformed request line")
+            word = "tls_hello" if pending[0] == _TLS_HANDSHAKE else "not_http"
+            raise _refusal(400, "malformed request line", word)
         start = 0
         if pending[0] == 0x0D:
             # RFC 9112 section 2.2: one empty line before the request line is ignored. find_head_end() would take it

@@ -256,12 +256,14 @@ class Relay:
             "route": route.value,
             "status": refusal.status,
             "outcome": "rejected",
-            "cause": refusal.code,
+            "cause": refusal.cause,
             "duration_ms": round((self._clock.monotonic() - request.received_at) * 1000),
         }
         if session is not None:
             fields["user"] = session.user_id
             fields["tenant"] = session.tenant
+        if refusal.detail:
+            fields["detail"] = refusal.detail
         self.log.access(fields)
 
     # -- what calls and streams use ------------------------------------------------------------------------------

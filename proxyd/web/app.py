@@ -135,7 +135,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Makes an answer out of whatever the handler does, and records it."""
     context = request.app[_CONTEXT]
     front = front_request(request)
-    response = await _respond(context, front, request, handler)
+    response, refusal = await _respond(context, front, request, handler)
     if response.status >= 400:
         _add_headers(response, context.cors(front.head.headers))
     body = response.body if isinstance(response, web.Response) else None
@@ -149,6 +149,8 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
             peer=front.peer,
             bytes_sent=len(body) if isinstance(body, bytes | bytearray) and request.method != "HEAD" else 0,
             duration_s=context.clock.monotonic() - front.received_at,
+            cause=refusal.cause if refusal is not None else "",
+            detail=refusal.detail if refusal is not None else "",
         )
     )
     return response
@@ -156,25 +158,26 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 async def _respond(
     context: WebContext, front: Request, request: web.Request, handler: Handler
-) -> web.StreamResponse:
+) -> tuple[web.StreamResponse, Refusal | None]:
+    """The answer, and the refusal that it says, if it is one."""
     try:
         # The router decodes percent escapes and so would serve `/v1%2Fmodels`: an equal path is the only match.
         if request.match_info.http_exception is None and not _is_exact(request, front):
             raise _unknown(front)
-        return await handler(request)
+        return await handler(request), None
     except Refusal as refusal:
-        return _refuse(front, refusal)
+        return _refused(front, refusal)
     except web.HTTPMethodNotAllowed as refused:
         allow = ", ".join(sorted(refused.allowed_methods))
         message = f"{front.head.path} takes {allow}, not {request.method}."
-        return _refuse(front, Refusal(405, "method_not_allowed", message, headers=(("Allow", allow),)))
+        return _refused(front, Refusal(405, "method_not_allowed", message, headers=(("Allow", allow),)))
     except web.HTTPException as refused:
         if refused.status == 404:
-            return _refuse(front, _unknown(front))
-        return _refuse(front, Refusal(max(refused.status, 400), "bad_request", refused.reason))
+            return _refused(front, _unknown(front))
+        return _refused(front, Refusal(max(refused.status, 400), "bad_request", refused.reason))
     except Exception as error:  # noqa: BLE001 - here one request ends, not the worker
         context.log.error("web_handler_failed", request_id=front.request_id, error=repr(error))
-        return _refuse(front, Refusal(500, "internal_error", "The request could not be served."))
+        return _refused(front, Refusal(500, "internal_error", "The request could not be served."))
 
 
 def _is_exact(request: web.Request, front: Request) -> bool:
@@ -184,6 +187,10 @@ def _is_exact(request: web.Request, front: Request) -> bool:
 
 def _unknown(front: Request) -> Refusal:
     return Refusal(404, "not_found", f"There is nothing at {front.head.path}.")
+
+
+def _refused(front: Request, refusal: Refusal) -> tuple[web.Response, Refusal]:
+    return _refuse(front, refusal), refusal
 
 
 def _refuse(front: Request, refusal: Refusal) -> web.Response:

@@ -256,8 +256,11 @@ class WorkerServices:
                 "method": answered.method,
                 "path": answered.path,
                 "status": answered.status,
+                "outcome": "completed" if answered.status < 400 else "rejected",
+                "cause": answered.cause or ("complete" if answered.status < 400 else "not_ready"),
                 "bytes": answered.bytes_sent,
                 "duration_ms": round(answered.duration_s * 1000),
+                **({"detail": answered.detail} if answered.detail else {}),
             }
         )
 

@@ -182,3 +182,52 @@ def test_a_log_reopened_by_signal_says_so(nodes: Any) -> None:
     os.kill(node.daemon.process.pid, signal.SIGUSR1)
     (line,) = wait_for(lambda: events(node.daemon, "logs_reopened"))
     assert line["processes"] == 3
+
+
+def raw(node: Node, data: bytes) -> int:
+    sock = node.daemon.connect()
+    sock.settimeout(15)
+    sock.sendall(data)
+    reply = Reply(sock)
+    reply.body()
+    return reply.status
+
+
+def test_what_was_refused_says_why_in_its_access_line(nodes: Any) -> None:
+    node = nodes("http://127.0.0.1:1/v1")
+    daemon = node.daemon
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 2\r\n"
+    wanted = {
+        b"\x16\x03\x01\x02\x00": (400, "front", "rejected", "bad_request.tls_hello"),
+        b"GET /healthz HTTP/1.1\r\n\r\n": (400, "front", "rejected", "bad_request.missing_host"),
+        b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n": (
+            400,
+            "front",
+            "rejected",
+            "bad_request.bad_chunk",
+        ),
+        b"GET /v1/nothing HTTP/1.1\r\nHost: h\r\n\r\n": (404, "web", "rejected", "not_found"),
+        b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n": (200, "web", "completed", "complete"),
+        head + b"Authorization: Bearer no\r\n\r\n{}": (403, PATH, "rejected", "invalid_token.format"),
+        head + b"Authorization: Bearer %b\r\n\r\n{}" % (daemon.token()[:-6] + "AAAAAA").encode(): (
+            403,
+            PATH,
+            "rejected",
+            "invalid_token.signature",
+        ),
+        head + b"Authorization: Bearer %b\r\n\r\n{}" % daemon.token(exp=1).encode(): (
+            403,
+            PATH,
+            "rejected",
+            "token_expired",
+        ),
+    }
+    for data, (code, *_) in wanted.items():
+        assert raw(node, data) == code, data
+    cookie = b"Cookie: ai_session_jwt=%b\r\nOrigin: https://evil.example\r\n\r\n{}" % daemon.token().encode()
+    assert raw(node, head + cookie) == 403
+    lines = wait_for(lambda: [line for line in daemon.access_log() if line["status"] == 403 and "detail" in line])
+    assert (lines[0]["cause"], lines[0]["detail"]) == ("origin_not_allowed", "origin=https://evil.example host=here")
+    told = [(line["status"], line["route"], line["outcome"], line["cause"]) for line in daemon.access_log()]
+    for expected in wanted.values():
+        assert expected in told
