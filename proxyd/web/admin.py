@@ -18,6 +18,7 @@ from typing import Any
 
 import orjson
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from proxyd.access.revocations import Revocations
 from proxyd.clock import Clock
@@ -39,6 +40,17 @@ KEEP_TIMEOUT_S = 10.0
 MAX_EXP_S = 1e11
 # Connections between accept and their transport: one turn of the loop each.
 MAX_HANDSHAKES = 64
+
+
+# Of what somebody sent, in an error message.
+MAX_SHOWN = 64
+
+_ROUTES = "GET /metrics, GET /status and POST /sessions/revoke"
+_EXAMPLES = {
+    "user": 'it is the number of the claim sub, such as {"user": 42}',
+    "tenant": 'it is the claim tenant, such as {"tenant": "acme"}',
+    "jti": 'it is the claim jti, such as {"jti": "4f1c"}',
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +76,7 @@ _CONTEXT: web.AppKey[AdminContext] = web.AppKey("admin", AdminContext)
 
 
 def make_admin_app(context: AdminContext) -> web.Application:
-    app = web.Application(client_max_size=MAX_BODY_BYTES)
+    app = web.Application(middlewares=[_in_json], client_max_size=MAX_BODY_BYTES)
     app[_CONTEXT] = context
     app.router.add_get("/metrics", _metrics)
     app.router.add_get("/status", _status)
@@ -136,6 +148,21 @@ class AdminServer:
             sock.close()
 
 
+@web.middleware
+async def _in_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """What aiohttp refuses by itself, in our words."""
+    try:
+        return await handler(request)
+    except web.HTTPNotFound:
+        return _error(404, "not_found", f"There is nothing at {request.path[:MAX_SHOWN]}; here are {_ROUTES}.")
+    except web.HTTPMethodNotAllowed as refused:
+        answer = _error(405, "method_not_allowed", f"{request.method[:MAX_SHOWN]} is not for this; here are {_ROUTES}.")
+        answer.headers["Allow"] = refused.headers["Allow"]
+        return answer
+    except web.HTTPRequestEntityTooLarge:
+        return _error(413, "body_too_large", f"The body is larger than {MAX_BODY_BYTES} bytes.")
+
+
 async def _metrics(request: web.Request) -> web.Response:
     context = request.app[_CONTEXT]
     snapshot = metrics.read(context.region, context.clock.monotonic())
@@ -198,15 +225,24 @@ def _revocation_of(document: object, now: float, leeway_s: float) -> Revocation:
     if not isinstance(document, dict) or len(names) != 1 or not names <= {"user", "tenant", "jti"}:
         raise ValueError("Give one of user, tenant and jti, and exp if you know it")
     (name,) = names
-    # Refused here in the words of those who will apply it: a worker could only log it.
-    Revocations(max_entries=1).revoke(name, document[name], now)
+    try:
+        # Refused here in the words of those who will apply it: a worker could only log it.
+        Revocations(max_entries=1).revoke(name, document[name], now)
+    except ValueError as error:
+        raise ValueError(f"{error}: {_shown(document[name])}; {_EXAMPLES[name]}") from None
     until = math.inf
     if "exp" in document:
         exp = document["exp"]
         if type(exp) not in (int, float) or not now < exp + leeway_s < MAX_EXP_S:
-            raise ValueError("exp is not a time to come, in seconds since 1970")
+            raise ValueError(f"exp is not a time to come, in seconds since 1970: {_shown(exp)}")
         until = exp + leeway_s
     return Revocation(Kind[name.upper()], str(document[name]), now, until)
+
+
+def _shown(value: object) -> str:
+    """A value of the request as it stood there."""
+    text = orjson.dumps(value).decode()
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
 def _json(document: object, status: int = 200) -> web.Response:
