@@ -29,6 +29,7 @@ class Demo:
     port: int
     token: str
     folder: Path
+    said: str
 
     def ask(self, port: int, words: int, pace: int = 5) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
@@ -56,7 +57,7 @@ def demo() -> Iterator[Demo]:
             port, token = re.search(r"127\.0\.0\.1:(\d+)", text), re.search(r"Bearer ([\w.-]+)", text)
             assert port is not None
             assert token is not None
-            yield Demo(process, int(port[1]), token[1], Path(folder))
+            yield Demo(process, int(port[1]), token[1], Path(folder), text)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -119,6 +120,29 @@ def test_the_page_gets_its_session_and_the_session_streams() -> None:
         refused.read()
         assert refused.status == 403
         connection.close()
+
+
+def test_the_printed_curl_line_and_the_commands_of_the_readme_run_when_they_are_pasted() -> None:
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("## A first request") : readme.index("## Installing")]
+    commands = re.findall(r"^```sh\n(curl .*?)^```$", section, re.M | re.DOTALL)
+    programs = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.DOTALL)
+    assert (len(commands), len(programs)) == (1, 2)
+    with demo() as running:
+        printed = re.search(r"^ +curl .*?\n\n", running.said, re.M | re.DOTALL)
+        exported = re.search(r"^  (export TOKEN=.*)$", running.said, re.M)
+        assert printed is not None
+        assert exported is not None
+        here = f"127.0.0.1:{running.port}"
+        pasted = [printed[0], exported[1] + "\n" + commands[0].replace("127.0.0.1:3000", here)]
+        calls = [["bash", "-c", text] for text in pasted]
+        calls += [[sys.executable, "-c", program.replace("127.0.0.1:3000", here)] for program in programs]
+        environ = {"PATH": os.environ["PATH"]}
+        for number, call in enumerate(calls):
+            env = environ | ({"TOKEN": running.token} if number >= len(pasted) else {})
+            done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
+            assert done.returncode == 0, done.stderr
+            assert "not an AI" in done.stdout or '"delta":" AI:"' in done.stdout
 
 
 def test_a_taken_port_is_told_and_nothing_is_left() -> None:

@@ -86,6 +86,13 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "venv/bin"
 
 
+def test_make_dist_installs_what_building_needs_and_not_the_tests(tmp_path: Path) -> None:
+    planned = run("make", "-n", "dist", f"VENV={tmp_path}/venv", cwd=ROOT)
+    assert planned.returncode == 0, planned.stderr
+    assert "-c requirements-test.lock build Cython setuptools wheel" in planned.stdout
+    assert "-r requirements-test.lock" not in planned.stdout
+
+
 def test_the_sdist_holds_what_a_build_and_an_operator_need(sdist: Path) -> None:
     inside = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
     compiled = {str(path.relative_to(ROOT)) for path in (ROOT / "ext").rglob("*") if path.suffix in (".pyx", ".pxd")}
