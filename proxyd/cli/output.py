@@ -5,6 +5,7 @@ Owns: the end of an output that nobody takes. Must not know: commands.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable
@@ -30,8 +31,11 @@ def put(who: str, text: str) -> int:
 
 def fail(who: str, code: int, message: str) -> int:
     """Says what went wrong, with `who` before every line of it; returns the exit code."""
-    for line in message.splitlines():
-        print(f"{who}: {line}", file=sys.stderr)
+    if sys.stderr is None:  # closed by the caller; print() would take stdout instead
+        return code
+    with contextlib.suppress(OSError):
+        for line in message.splitlines():
+            print(f"{who}: {line}", file=sys.stderr)
     return code
 
 

@@ -198,7 +198,7 @@ class _Reader:
         except OSError as error:
             remedy = {
                 errno.ENOENT: "create it, or correct the path",
-                errno.EACCES: f"give it to the user that runs proxyd (this one is uid {os.geteuid()})",
+                errno.EACCES: f"ask as the daemon's user or root (this is uid {os.geteuid()}), or correct its owner",
             }.get(error.errno or 0, "correct the path")
             self.error(key, f"cannot read {source}: {error.strerror}", remedy)
             return None

@@ -123,3 +123,16 @@ def test_a_full_disk_is_one_line(file: Path) -> None:
     found = run(file, "token --user 7 > /dev/full")
     assert found.returncode == 1
     assert found.stderr.splitlines()[1:] == ["proxyd token: cannot write to stdout: No space left on device"]
+
+
+def test_without_a_stderr_stdout_holds_the_token_alone(file: Path) -> None:
+    found = run(file, "token --user 7 2>&-")
+    assert found.returncode == 0
+    (token,) = found.stdout.splitlines()
+    assert token.count(".") == 2
+
+
+def test_without_a_stdout_a_token_is_a_failure(file: Path) -> None:
+    found = run(file, "token --user 7 >&-")
+    assert found.returncode == 1
+    assert found.stderr.splitlines()[-1] == "proxyd token: stdout is closed, nothing was printed"
