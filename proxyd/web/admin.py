@@ -207,7 +207,7 @@ async def _revoke(request: web.Request) -> web.Response:
         return _error(503, "revocations_full", message)
     name = entry.kind.name.lower()
     told = {"revoked": {name: document[name]}, "at": now}
-    context.log.info("session_revoked", kind=name, value=document[name], number=number)
+    context.log.info("session_revoked", kind=name, value=document[name], revocation=number)
     try:
         # In a thread: the disk may take long, and streams are relayed here.
         await asyncio.wait_for(asyncio.to_thread(context.kept.append, entry), KEEP_TIMEOUT_S)
