@@ -41,6 +41,8 @@ from proxyd.shm.region import Region
 
 CHECK_S = 1.0  # beats, titles and the watchdog; ten times faster than the shortest thing it judges
 KILL_AFTER_DRAIN_S = 5.0  # what a worker has to end its streams and settle after its own drain_timeout
+# After a TERM to the whole group telemetry may end just before the workers' exits are seen; it has stored all then.
+LATE_WORKERS_S = 0.5
 OTHERS_TIMEOUT_S = 10.0  # telemetry's last groups; what it does not store waits in the spool
 
 
@@ -250,7 +252,7 @@ class Master:
                 slot.move(Phase.STOPPING)
                 slot.move(Phase.GONE)
             else:
-                slot.move(Phase.BACKOFF, now)  # workers that are not done have rows for it
+                slot.move(Phase.BACKOFF, now + LATE_WORKERS_S)  # workers that are not done then have rows for it
             return
         if slot.phase is Phase.STOPPING:
             slot.move(Phase.GONE)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,6 +175,21 @@ def test_a_term_to_the_whole_group_is_no_child_s_death(nodes: Any, tmp_path: Pat
         assert node.daemon.process.wait(20) == 0
     assert not events(node.daemon, "child_died")
     assert len(events(node.daemon, "telemetry_waits_for_predecessor")) == 1
+    peer.close()
+
+
+def test_a_term_to_the_group_of_a_node_with_rows_stores_them_and_starts_nobody(nodes: Any, tmp_path: Path) -> None:
+    peer = Peer(answer_well)
+    node = nodes(f"{peer.url}/v1")
+    assert {node.ask().status for _ in range(5)} == {200}
+    node.daemon.close_clients()
+    assert node.daemon.process is not None
+    for pid in (node.daemon.process.pid, *node.daemon.children()):
+        os.kill(pid, signal.SIGTERM)
+    assert node.daemon.process.wait(20) == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "telemetry.db")) as database:
+        assert database.execute("SELECT count(*) FROM sys_ai_transactions").fetchone() == (5,)
+    assert not [line for line in events(node.daemon, "child_died") if line["child"] == "telemetry"]
     peer.close()
 
 
