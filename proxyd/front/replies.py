@@ -20,7 +20,7 @@ from http import HTTPStatus
 from typing import Literal
 
 from proxyd.errors import Refusal
-from proxyd.wire.head import Headers, Version
+from proxyd.wire.head import Headers, Version, named_by_connection
 
 __all__ = ["CONTINUE", "Framing", "http_date", "json_headers", "refusal_headers", "relay_head", "reply_bytes"]
 
@@ -128,7 +128,7 @@ def relay_head(
     """
     added = [(name.lower(), value) for name, value in extra]
     replaced = {name for name, _ in added if name != b"vary"}
-    dropped = _named_by_connection(upstream_headers)
+    dropped = named_by_connection(upstream_headers)
     lines = [_status_line(status, reason)]
     has_request_id = has_no_cache = False
     is_dated = not date
@@ -163,14 +163,6 @@ def relay_head(
     _add_connection(lines, version, keep_alive and framing != "close")
     lines.append(b"\r\n")
     return b"".join(lines)
-
-
-def _named_by_connection(headers: Headers) -> set[bytes]:
-    named: set[bytes] = set()
-    for name, value in headers:
-        if name == b"connection":
-            named.update(option.strip(b" \t") for option in value.lower().split(b","))
-    return named
 
 
 def _status_line(status: int, reason: bytes) -> bytes:

@@ -14,7 +14,7 @@ from proxyd.dialects.media import JSON, SSE, Media, is_identity, media_kind
 from proxyd.errors import Refusal, UpstreamError, UpstreamErrorKind
 from proxyd.front.replies import CORS_PREFIX, HOP_BY_HOP, OURS, SITE
 from proxyd.relay.states import Cause
-from proxyd.wire.head import BodyKind, Headers, ResponseHead
+from proxyd.wire.head import BodyKind, Headers, ResponseHead, named_by_connection
 
 __all__ = ["Answer", "Way", "cause_of", "decide_way", "fails_over", "refusal_of", "relayable", "site_headers"]
 
@@ -91,10 +91,12 @@ def fails_over(status: int) -> bool:
 
 def relayable(headers: Headers, *, shortened: bool) -> Headers:
     """An upstream's headers for an answer that is sent as a whole, or whose body may lose an event."""
+    named = named_by_connection(headers)
     return [
         pair
         for pair in headers
         if pair[0] not in HOP_BY_HOP
+        and pair[0] not in named
         and pair[0] not in SITE
         and pair[0] not in OURS
         and not pair[0].startswith(CORS_PREFIX)

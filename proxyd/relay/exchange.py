@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import os
 import ssl
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from proxyd._relay import Engine, Exchange
@@ -40,6 +42,12 @@ HEARTBEAT = b": proxyd\n"
 # The synchronous openai-python closes right after [DONE]; the rest of the answer is usually in the next packet. Half
 # would throw a connection away on a slow provider; twice keeps a dead client's upstream for nothing.
 SINK_S = 1.0
+# The terminal event was relayed and the upstream does not end its body: it has nothing to say that a client would read.
+# Half could cut a slow trailer; twice keeps clients waiting that read to the end of the body.
+AFTER_TERMINAL_S = 3.0
+# Between an error event and the close that follows it. A browser drops what its script has not read yet when the
+# connection breaks: closed at once, 2 of 3 error events were lost in Chromium, none after 10 ms.
+LAST_WORD_S = 0.05
 
 _CAUSE_KINDS = {
     Cause.UPSTREAM_BROKEN: UpstreamErrorKind.BROKEN_BODY,
@@ -64,6 +72,7 @@ class Shared(Protocol):
     log: Log
 
     def monotonic(self) -> float: ...
+    def later(self, seconds: float, callback: Callable[[], None]) -> None: ...
     def on_upstream_end(self, connection: Connection, kind: UpstreamErrorKind | None, detail: str) -> None: ...
 
 
@@ -71,9 +80,9 @@ class Stream:
     """One answer being relayed; the owner of an Exchange and an entry of the wheel."""
 
     __slots__ = (
-        "_ask", "_cause", "_client", "_detail", "_exchange", "_finishing", "_is_sse", "_keep_alive", "_limits",
-        "_marked", "_observer", "_reusable", "_shared", "_sinking", "_tap", "_translator", "_upstream",
-        "_upstream_keeps", "_whole", "deadline", "parked", "transaction",
+        "_ask", "_cause", "_client", "_detail", "_exchange", "_finishing", "_has_last_word", "_is_sse",
+        "_keep_alive", "_limits", "_marked", "_observer", "_reusable", "_shared", "_sinking", "_tap", "_told_at",
+        "_translator", "_upstream", "_upstream_keeps", "_whole", "deadline", "parked", "transaction",
     )  # fmt: skip
 
     def __init__(
@@ -109,6 +118,8 @@ class Stream:
         self._sinking = False
         self._finishing = False
         self._marked = -1
+        self._told_at: float | None = None
+        self._has_last_word = False
         self._exchange: Exchange | None = None
         self.deadline = NEVER
         self.parked = NOT_PARKED
@@ -185,6 +196,7 @@ class Stream:
         """A bug of ours, or an event too large to translate: logged once, both sides closed."""
         self._shared.log.error("relay_failed", request_id=self.transaction.request_id, error=repr(error))
         if self._cause is not None:
+            self._whole = False
             self._settle()
             return
         self._end(Cause.INTERNAL)
@@ -199,6 +211,12 @@ class Stream:
         if self._sinking:
             self._settle()
             return
+        if self._observer.terminal and self._cause is None:
+            if self._told_at is None:
+                self._told_at = now
+            elif now - self._told_at >= AFTER_TERMINAL_S:
+                self._end(Cause.TOTAL_TIMEOUT)
+                return
         times = Times(
             started=self.transaction.started,
             last_read=exchange.last_read_ms / 1000,
@@ -280,6 +298,7 @@ class Stream:
         if not boundary or self._sinking:
             return b""
         kind, code, message = _MESSAGES[self._cause]
+        self._has_last_word = True
         if self._translator is not None:
             error = {"message": message, "type": kind, "code": code, "param": None}
             return self._translator.error_event(error)
@@ -352,6 +371,8 @@ class Stream:
         if not self._sinking:
             if cause in (Cause.SLOW_CLIENT, Cause.CLIENT_GONE):
                 self._client.abort()
+            elif self._has_last_word:
+                self._shared.later(LAST_WORD_S, partial(self._client.end_stream, False))
             else:
                 self._client.end_stream(self._keep_alive and self._whole, pipelined)
         transaction.finish(cause, answer, tally, detail=self._detail or error_words(self._observer.error))

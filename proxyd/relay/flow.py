@@ -8,7 +8,7 @@ Must not know: how connections are made, what a dialect's bytes mean.
 
 Retries (SAFETY, "Upstream faults")
 - Nothing of the request was sent (no connection): the next upstream is asked, as long as there is one.
-- A reused connection that gave nothing: once more on a fresh one. The peer closed it before it read the request.
+- A reused connection that failed at once and gave not a byte: once more on a fresh one. The peer had closed it.
 - An answer that is about that upstream (502, 503, 504, 529): the next upstream, or the fallback model where there is
   none, once, within the retry budget.
 - Never after a byte was relayed, and never after bytes were sent on a fresh connection: that could bill twice.
@@ -17,6 +17,7 @@ Retries (SAFETY, "Upstream faults")
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 from proxyd._relay import Engine
@@ -47,6 +48,11 @@ __all__ = ["Call", "Services"]
 
 # A dial has connect_timeout for itself; waiting a little longer lets its own, more exact error come first.
 QUEUE_GRACE_S = 0.1
+# A peer that closed an idle connection answers the request on it with RST or FIN within a round trip. Half would give
+# up on a far provider on a bad line; twice could send a request again that was worked on for two seconds.
+STALE_S = 1.0
+# How long an upstream that refused our `stream_options` is not sent them: its next version may take them.
+NO_INJECTION_S = 600.0
 
 
 class Services(Protocol):
@@ -56,10 +62,11 @@ class Services(Protocol):
     wheel: Wheel
     log: Log
     upstreams: Upstreams
-    no_injection: set[tuple[str, str]]
+    no_injection: dict[tuple[str, str], float]
     max_head: int
 
     def monotonic(self) -> float: ...
+    def later(self, seconds: float, callback: Callable[[], None]) -> None: ...
     def limits_of(self, origin: Origin) -> Limits: ...
     def find_model(self, name: str) -> ModelConfig | None: ...
     def on_upstream_end(self, connection: Connection, kind: UpstreamErrorKind | None, detail: str) -> None: ...
@@ -71,7 +78,7 @@ class Call:
 
     __slots__ = (
         "_ask", "_client", "_connection", "_cors", "_headers", "_key", "_model", "_origin", "_outgoing", "_query",
-        "_retried", "_sent", "_services", "_stop_cause", "_task", "_version", "transaction",
+        "_retried", "_sent", "_sent_at", "_services", "_stop_cause", "_task", "_version", "transaction",
     )  # fmt: skip
 
     def __init__(
@@ -98,6 +105,7 @@ class Call:
         self._outgoing: Outgoing | None = None
         self._retried = False
         self._sent = False
+        self._sent_at = 0.0
         self._key = "none"
         self._stop_cause = Cause.CLIENT_GONE
         self._task: asyncio.Task[None] | None = None
@@ -106,12 +114,19 @@ class Call:
         """Begins; a client that goes away cancels it."""
         self._client.on_gone = self._on_gone
         self._task = loop.create_task(self._run())
+        self._task.add_done_callback(self._on_done)
 
     def stop(self, cause: Cause) -> None:
         """Ends the call from outside (drained, revoked): the client gets 503 or 403."""
         self._stop_cause = cause
         if self._task is not None:
             self._task.cancel()
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        """A task that is cancelled before its first step never enters _run(): its request ends here."""
+        if task.cancelled():
+            self._close_upstream()
+            self._finish_stopped()
 
     def _on_gone(self) -> None:
         self.stop(Cause.CLIENT_GONE)
@@ -203,7 +218,8 @@ class Call:
     async def _ask_origin(self, origin: Origin) -> Answer:
         """One upstream's answer; a reused connection that gave nothing is replaced once."""
         key = (origin.name, self._model.name)
-        inject = key not in self._services.no_injection
+        now = self._services.monotonic()
+        inject = self._services.no_injection.get(key, 0.0) <= now
         answer = await self._attempt(origin, inject)
         outgoing = self._outgoing
         assert outgoing is not None
@@ -215,9 +231,12 @@ class Call:
         body = await self._collect(connection, answer)
         if not is_usage_rejection(answer.head.status, body):
             return Answer(answer.head, body)
-        self._services.no_injection.add(key)
-        self._services.log.warning("usage_injection_refused", upstream=origin.name, model=self._model.name)
-        return await self._attempt(origin, False)
+        again = await self._attempt(origin, False)
+        if again.head.status < 300 and self._ask.document.get("stream_options") is None:
+            # It was our addition that was refused, and nothing of the client's: others need not find that out anew.
+            self._services.no_injection[key] = now + NO_INJECTION_S
+            self._services.log.warning("usage_injection_refused", upstream=origin.name, model=self._model.name)
+        return again
 
     async def _attempt(self, origin: Origin, inject: bool) -> Answer:
         fresh = False
@@ -234,11 +253,17 @@ class Call:
             try:
                 return await self._exchange(connection, inject)
             except UpstreamError as error:
-                gave_nothing = error.kind in (UpstreamErrorKind.RESET, UpstreamErrorKind.EOF_BEFORE_HEAD)
-                if fresh or not connection.reused or not gave_nothing:
+                if fresh or not connection.reused or not self._was_stale(connection, error):
                     raise
                 self._close_upstream()
                 fresh = True
+
+    def _was_stale(self, connection: Connection, error: UpstreamError) -> bool:
+        """Whether the peer had closed this pooled connection before it read the request. It says so at once, without a
+        byte of an answer, interim ones included; later, or after one, it may be at work on what we sent."""
+        if error.kind not in (UpstreamErrorKind.RESET, UpstreamErrorKind.EOF_BEFORE_HEAD) or connection.has_answered:
+            return False
+        return self._services.monotonic() - self._sent_at < STALE_S
 
     async def _exchange(self, connection: Connection, inject: bool) -> Answer:
         """Sends the request on this connection and reads the head of its answer."""
@@ -247,6 +272,7 @@ class Call:
         outgoing = self._outgoing = build(self._ask, connection.origin.dialect, self._upstream_model(), inject)
         transaction.move(Phase.SENDING)
         self._sent = True
+        self._sent_at = self._services.monotonic()
         self._key = connection.origin.next_key  # taken by send_request before it first waits
         await send_request(connection, outgoing, self._headers, self._query, transaction.request_id, patience)
         transaction.move(Phase.AWAITING)

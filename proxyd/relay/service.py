@@ -77,7 +77,7 @@ class Relay:
         self.log = log
         self.wheel = wheel
         self.upstreams = upstreams
-        self.no_injection: set[tuple[str, str]] = set()
+        self.no_injection: dict[tuple[str, str], float] = {}
         self.max_head = config.http.max_head
         self.engine = Engine(
             loop,
@@ -270,6 +270,10 @@ class Relay:
 
     def monotonic(self) -> float:
         return self._clock.monotonic()
+
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Calls back once; the worker's end does not wait for it."""
+        self._loop.call_later(seconds, callback)
 
     def find_model(self, name: str) -> ModelConfig | None:
         return self._config.find_model(name)

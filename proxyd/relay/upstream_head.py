@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 
-from proxyd.wire.head import Headers, build_request_head
+from proxyd.wire.head import Headers, build_request_head, named_by_connection
 
 __all__ = ["query_without_credentials", "request_head"]
 
@@ -52,7 +52,7 @@ def request_head(
     translate: bool,
 ) -> bytes:
     """The head for one POST. `translate`: we built the body for the site's route, so little of the client's fits."""
-    named = _named_by_connection(client_headers)
+    named = named_by_connection(client_headers)
     headers: Headers = [(b"host", host), *auth]
     if translate:
         headers += [(b"content-type", b"application/json"), (b"accept", b"text/event-stream")]
@@ -74,11 +74,3 @@ def request_head(
 def query_without_credentials(query: bytes) -> bytes:
     """The query as it travels: the parameters that are no credentials, untouched and in order."""
     return b"&".join(part for part in query.split(b"&") if _CREDENTIAL.fullmatch(part) is None)
-
-
-def _named_by_connection(headers: Headers) -> set[bytes]:
-    named: set[bytes] = set()
-    for name, value in headers:
-        if name == b"connection":
-            named.update(option.strip(b" \t") for option in value.lower().split(b","))
-    return named

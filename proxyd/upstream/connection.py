@@ -272,6 +272,11 @@ class Connection:
                 self._eof = True
             return data
 
+    @property
+    def has_answered(self) -> bool:
+        """Whether a byte of the current answer has come, of an interim head, too."""
+        return self._received or bool(self._early)
+
     def take_early(self) -> bytes:
         """Answer bytes read while the request was sent, for a caller that reads on by itself."""
         data, self._early = self._early, b""

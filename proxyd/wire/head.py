@@ -297,6 +297,15 @@ def parse_response_head(data: bytes) -> ResponseHead:
     return ResponseHead(status, shape[3] or b"", version, fields.headers, content_length, chunked, keep_alive)
 
 
+def named_by_connection(headers: Headers) -> set[bytes]:
+    """The lower-case names that the Connection fields list: hop by hop, whatever they are (RFC 9110 section 7.6.1)."""
+    named: set[bytes] = set()
+    for name, value in headers:
+        if name == b"connection":
+            named.update(option.strip(b" \t") for option in value.lower().split(b","))
+    return named
+
+
 def build_request_head(method: str, target: bytes, headers: Headers) -> bytes:
     """The bytes of a request head. ValueError when a part could not be one (say, a CR or LF in a value)."""
     return _assemble(b"%b %b HTTP/1.1\r\n" % (method.encode("ascii"), target), headers, _REQUEST_SHAPE)
