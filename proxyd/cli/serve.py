@@ -83,9 +83,7 @@ def run(
     def telemetry(birth: Birth) -> int:
         async def serve(context: Context, stop: asyncio.Event) -> None:
             beat = Beat(region, birth.slot)
-            await writer.run(
-                config, secrets, context.metrics, context.log, stop, clock=context.clock, enter=beat.enter
-            )
+            await writer.run(config, secrets, context.metrics, context.log, stop, clock=context.clock, enter=beat.enter)
 
         return run_telemetry(birth, region, log, serve)
 
