@@ -152,7 +152,7 @@ def _findings(config: Config, found: Iterable[_Found]) -> list[Finding]:
 
 def _directories(config: Config) -> Iterator[_Found]:
     server = config.server
-    yield from _directory(("server", "state_dir"), server.state_dir, 0o700, is_needed=True)
+    yield from _directory(("server", "state_dir"), server.state_dir, 0o700, is_needed=True, is_made=True)
     if os.path.isdir(server.state_dir):
         mode = stat.S_IMODE(os.stat(server.state_dir).st_mode)
         if mode & 0o007:
@@ -163,16 +163,16 @@ def _directories(config: Config) -> Iterator[_Found]:
             yield True, ("server", "state_dir"), f"{spool} is not a directory", "move that file away"
     addresses = (*server.listen, server.admin)
     is_needed = any(os.path.dirname(one.path) == server.runtime_dir for one in addresses if one.path)
-    yield from _directory(("server", "runtime_dir"), server.runtime_dir, 0o750, is_needed=is_needed)
+    yield from _directory(("server", "runtime_dir"), server.runtime_dir, 0o750, is_needed=is_needed, is_made=True)
     sink = config.telemetry.sink
     if sink.startswith("sqlite:///"):
         parent = os.path.dirname(sink.removeprefix("sqlite:///")) or "."
         if parent != server.state_dir:
-            yield from _directory(("telemetry", "sink"), parent, 0o700, is_needed=False)
+            yield from _directory(("telemetry", "sink"), parent, 0o700, is_needed=False, is_made=True)
 
 
-def _directory(key: KeyPath, path: str, mode: int, *, is_needed: bool) -> Iterator[_Found]:
-    """`is_needed`: without it the daemon does not start."""
+def _directory(key: KeyPath, path: str, mode: int, *, is_needed: bool, is_made: bool = False) -> Iterator[_Found]:
+    """`is_needed`: without it the daemon does not start. `is_made`: a start makes it where it may."""
     make = f"install -d -m {mode:04o} {path}, for the user that runs proxyd"
     if os.path.isdir(path):
         if not os.access(path, os.W_OK | os.X_OK):
@@ -182,8 +182,18 @@ def _directory(key: KeyPath, path: str, mode: int, *, is_needed: bool) -> Iterat
         yield is_needed, key, f"{path} is not a directory", "name a directory"
     elif path in _MADE_BY_SYSTEMD:
         yield False, key, f"{path} does not exist", f"systemd makes it when the unit starts; without systemd: {make}"
+    elif is_made and _may_make(path):
+        yield False, key, f"{path} does not exist", "a start makes it, for the user that runs proxyd"
     else:
         yield is_needed, key, f"{path} does not exist", make
+
+
+def _may_make(path: str) -> bool:
+    """Whether this user could make it: the nearest folder above it that exists may be written."""
+    above = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    return os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK)
 
 
 def _access_log(config: Config) -> Iterator[_Found]:

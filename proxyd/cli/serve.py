@@ -57,6 +57,7 @@ def run(
     if not files.is_enough:
         return 1
     try:
+        _make_directories(config, log)
         ensure_spool_dir(server.state_dir)  # here it is one line; in the children one each, again and again
         listeners = _bind(config)
     except SpoolError as error:
@@ -136,6 +137,20 @@ def _listen_remedy(error: ListenError, config: Config) -> str:
     if error.errno == errno.EADDRNOTAVAIL:
         return f"no interface of this machine has the address of {option}: `ip address` lists them"
     return f"change {option}"
+
+
+def _make_directories(config: Config, log: Log) -> None:
+    """Makes what is missing of the daemon's own directories. One that cannot be made is refused where it is used, with
+    its remedy."""
+    sink = config.telemetry.sink
+    store = os.path.dirname(sink.removeprefix("sqlite:///")) if sink.startswith("sqlite:///") else ""
+    for path, mode in ((config.server.state_dir, 0o700), (config.server.runtime_dir, 0o750), (store, 0o700)):
+        if path and not os.path.lexists(path):
+            try:
+                os.makedirs(path, mode)
+            except OSError:
+                continue
+            log.info("directory_made", path=path, mode=f"{mode:04o}")
 
 
 def _bind(config: Config) -> Listeners:

@@ -19,7 +19,7 @@ Make = Callable[[Script], Upstream]
 
 @pytest.mark.parametrize(
     ("state_dir", "says"),
-    [("{folder}/missing", "does not exist"), ("{folder}/file", "is not a directory"), ("/proc", "must be writable")],
+    [("/proc/missing", "does not exist"), ("{folder}/file", "is not a directory"), ("/proc", "must be writable")],
 )
 def test_a_state_directory_that_cannot_be_used_is_one_line_with_a_remedy(
     tmp_path: Path, state_dir: str, says: str
@@ -31,8 +31,16 @@ def test_a_state_directory_that_cannot_be_used_is_one_line_with_a_remedy(
     assert "Traceback" not in found.stderr
     lines = found.stderr.splitlines()
     assert all(line.startswith("proxyd: ") for line in lines), lines
-    (line,) = [line for line in lines if says in line]
+    line = [line for line in lines if says in line][-1]  # before it, perhaps, the warning of the check
     assert "state_dir" in line
+
+
+def test_missing_directories_of_its_own_are_made_private(upstream: Make, tmp_path: Path) -> None:
+    up = upstream(lambda wire: wire.stream(DONE))
+    places = f'state_dir = "{tmp_path}/deep/state"\nruntime_dir = "{tmp_path}/run"'
+    with node(tmp_path, up, server=places) as daemon:
+        assert ask(daemon, "/v1/chat/completions", CHAT).body() == DONE
+        assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("deep/state", "run")] == [0o700, 0o750]
 
 
 def test_a_worker_that_cannot_boot_again_leaves_the_others_serving(upstream: Make, tmp_path: Path) -> None:

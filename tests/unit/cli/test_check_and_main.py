@@ -134,8 +134,13 @@ def test_connections_that_do_not_fit_the_limit_of_open_files_are_a_warning_with_
 
 
 @pytest.mark.parametrize("name, mode", [("state", "0700"), ("run", "0750")])
-def test_a_missing_directory_that_a_start_needs_is_an_error(node, capsys, name, mode):
+def test_a_missing_directory_is_a_warning_where_a_start_makes_it_and_else_an_error(
+    node, capsys, monkeypatch, name, mode
+):
     (node.root / name).rmdir()
+    assert node.check() == 0
+    assert f"{node.root}/{name} does not exist; a start makes it" in capsys.readouterr().out
+    monkeypatch.setattr(check, "_may_make", lambda path: False)
     assert node.check() == 1
     assert f"{node.root}/{name} does not exist; install -d -m {mode} {node.root}/{name}" in capsys.readouterr().out
 
