@@ -9,6 +9,7 @@ Cost: about 0.2 us for a 250-byte chunk of a chat completion.
 """
 from libc.string cimport memchr, memcmp
 from libc.stdint cimport uint64_t
+from cpython.bytearray cimport PyByteArray_AS_STRING
 
 cdef enum:
     REPORT = 1
@@ -245,3 +246,73 @@ def members(bytes data not None, Py_ssize_t most=1001):
         if at >= end or at[0] != c',':
             return found
         at += 1
+
+
+def structure(bytes data not None, Py_ssize_t most):
+    """What it costs to parse `data`, in units of some 40 ns: a list or object 5, a colon 2, a string or comma 1.
+
+    Counting ends once the sum is above `most`; an unterminated string ends it too.
+    """
+    cdef const unsigned char* at = data
+    cdef const unsigned char* end = at + len(data)
+    cdef Py_ssize_t total = 0
+    cdef unsigned char byte
+    while at < end and total <= most:
+        byte = at[0]
+        at += 1
+        if byte == c'"':
+            total += 1
+            at = string_end(at, end)
+            if at == NULL:
+                break
+            at += 1
+        elif byte == c',':
+            total += 1
+        elif byte == c':':
+            total += 2
+        elif byte == c'[' or byte == c'{':
+            total += 5
+    return total
+
+
+cdef int escaped_code(const unsigned char* at, const unsigned char* end) noexcept nogil:
+    """The code of the `\\uXXXX` at `at`, or -1 where none stands."""
+    cdef int code = 0, i, digit
+    if end - at < 6 or at[0] != c'\\' or at[1] != c'u':
+        return -1
+    for i in range(2, 6):
+        digit = hex_digit(at[i])
+        if digit < 0:
+            return -1
+        code = code * 16 + digit
+    return code
+
+
+def mend(bytes data not None):
+    """`data` with `\\ufffd` in place of every escaped half of a surrogate pair; the identical object without any."""
+    cdef const unsigned char* base = data
+    cdef const unsigned char* end = base + len(data)
+    cdef const unsigned char* at = base
+    cdef int code, low
+    cdef bytearray out = None
+    cdef unsigned char* view = NULL
+    while True:
+        at = <const unsigned char*> memchr(at, c'\\', end - at) if at < end else NULL
+        if at == NULL:
+            break
+        code = escaped_code(at, end)
+        if 0xD800 <= code <= 0xDBFF:
+            low = escaped_code(at + 6, end)
+            if 0xDC00 <= low <= 0xDFFF:
+                at += 12
+                continue
+        if 0xD800 <= code <= 0xDFFF:
+            if out is None:
+                out = bytearray(data)
+                view = <unsigned char*> PyByteArray_AS_STRING(out)
+            view[at - base + 2] = c'f'
+            view[at - base + 3] = c'f'
+            view[at - base + 4] = c'f'
+            view[at - base + 5] = c'd'
+        at += 6 if code >= 0 else 2
+    return data if out is None else bytes(out)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn
 
 import orjson
 
-from proxyd._scan import members
+from proxyd._scan import members, mend, structure
 from proxyd.errors import Refusal
 
 Dialect = Literal["openai", "anthropic"]
@@ -28,6 +28,16 @@ _TEXT_DEPTH = 6
 _TEXT_KEYS = ("content", "text", "input", "output", "arguments", "thinking", "instructions")
 # No API has 50 members; half of this would still do, a multiple lets one body hold the loop for tens of milliseconds.
 _MOST_MEMBERS = 1000
+_SMALL_BYTES = 64 * 1024
+# Longer than any name we read with all its letters escaped.
+_LONGEST_KEY = 128
+# orjson needs up to 60 ns for a unit of structure, and 20 to 60 bytes: 50 ms and 50 MB at most. A history of 2,000
+# messages with parts has 60,000, token arrays one a token. Twice it holds the loop for more than 100 ms.
+MOST_STRUCTURE = 800_000
+# The site's route has its messages checked and built anew besides, which costs as much again.
+MOST_STRUCTURE_REBUILT = 400_000
+# How many values of a prompt are looked at, 0.1 us each; a prompt that has more is taken for text all through.
+_MOST_VALUES = 100_000
 _ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 
 
@@ -100,10 +110,10 @@ class Outgoing:
 
 def parse_ask(route: Route, body: bytes) -> Ask:
     """Read a request body; raises Refusal 400 that names the field at fault. Linear in the body."""
-    document = _load(body)
+    document, mended = _load(body, MOST_STRUCTURE_REBUILT if route is Route.STREAM else MOST_STRUCTURE)
     _refuse_duplicates(route, body)
     if route is Route.STREAM:
-        return _site_ask(body, document)
+        return _site_ask(body, document, mended)
     model = document.get("model")
     if model is None:
         _refuse("model", "you must provide a model", "missing_required_parameter")
@@ -114,39 +124,42 @@ def parse_ask(route: Route, body: bytes) -> Ask:
         _refuse("stream", "stream must be true or false", "invalid_type")
     options = document.get("stream_options")
     asked = isinstance(options, dict) and options.get("include_usage") is True
-    return Ask(route, model, stream is True, body, document, prompt_text_bytes(document), asked)
+    return Ask(route, model, stream is True, body, document, prompt_text_bytes(document, len(body)), asked)
 
 
-def _load(body: bytes) -> dict[str, Any]:
+def _load(body: bytes, most: int) -> tuple[dict[str, Any], bool]:
+    """The document, and whether it had to be mended: JavaScript escapes half a surrogate pair where it cuts an emoji,
+    which is legal JSON that providers take and orjson does not."""
+    if structure(body, most) > most:
+        raise Refusal(
+            400,
+            "request_too_complex",
+            f"the body has too many parts: {most} are allowed, where a list or an object counts 5, "
+            "a member's colon 2, a comma and a string 1",
+        )
     document: Any
+    mended = body
     try:
-        document = orjson.loads(body)
+        try:
+            document = orjson.loads(body)
+        except ValueError:
+            mended = mend(body)
+            if mended is body:
+                raise
+            document = orjson.loads(mended)
     except ValueError:
-        document = _load_lenient(body)
+        raise Refusal(400, "invalid_json", "the body is not valid JSON") from None
     if not isinstance(document, dict):
         raise Refusal(400, "invalid_json", "the body must be a JSON object")
-    return document
-
-
-def _load_lenient(body: bytes) -> Any:
-    """JSON that orjson refuses though it is JSON: JavaScript escapes half a surrogate pair, and providers accept
-    that."""
-    try:
-        if b"\\u" not in body:
-            raise ValueError
-        return json.loads(body.decode(), parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        raise Refusal(400, "invalid_json", "the body is not valid JSON") from None
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(name)  # NaN and Infinity are not JSON
+    return document, mended is not body
 
 
 def key_name(raw: bytes) -> str:
     """The name that a key's raw text means: `\\u006dodel` is `model`."""
     if b"\\" not in raw:
         return raw.decode()
+    if len(raw) > _LONGEST_KEY:
+        return ""
     try:
         name = json.loads(b'"' + raw + b'"')
     except ValueError:
@@ -157,8 +170,10 @@ def key_name(raw: bytes) -> str:
 def _refuse_duplicates(route: Route, body: bytes) -> None:
     read = _READ[route]
     # a quoted name can only stand as a whole token (inside a string its quotes are escaped): where none stands twice
-    # and nothing is escaped, no name can be given twice, and the common request is done here
-    if b"\\u" not in body and all(body.count(b'"%b"' % name.encode()) <= 1 for name in read):
+    # and nothing is escaped, no name can be given twice, and the common request is done here; of a large body one walk
+    # is cheaper than a search for each name
+    is_plain = len(body) <= _SMALL_BYTES and b"\\u" not in body
+    if is_plain and all(body.count(b'"%b"' % name.encode()) <= 1 for name in read):
         return
     seen: set[str] = set()
     for key_start, key_end, _, _ in top_members(body):
@@ -184,7 +199,7 @@ def _refuse(param: str, message: str, code: str = "invalid_value") -> NoReturn:
 # --- the site's own route -----------------------------------------------------------------------------------------
 
 
-def _site_ask(body: bytes, document: dict[str, Any]) -> Ask:
+def _site_ask(body: bytes, document: dict[str, Any], mended: bool) -> Ask:
     """`prompt` or `messages`, checked through because we build the upstream's request from them; unknown members are
     ignored, so a page that sends one of its own is not broken by us."""
     prompt, messages, model = document.get("prompt"), document.get("messages"), document.get("model")
@@ -206,11 +221,9 @@ def _site_ask(body: bytes, document: dict[str, Any]) -> Ask:
     heat = document.get("temperature")
     if heat is not None and (isinstance(heat, bool) or not isinstance(heat, int | float) or not 0 <= heat <= 2):
         _refuse("temperature", "temperature must be a number from 0 to 2", "invalid_type")
-    try:
-        orjson.dumps(document)
-    except TypeError:
-        raise Refusal(400, "invalid_json", "the body holds half a surrogate pair or a number out of range") from None
-    return Ask(Route.STREAM, model, True, body, document, prompt_text_bytes(document), False)
+    if mended:
+        raise Refusal(400, "invalid_json", "the body holds half a surrogate pair")
+    return Ask(Route.STREAM, model, True, body, document, prompt_text_bytes(document, len(body)), False)
 
 
 def _check_messages(messages: Any) -> None:
@@ -244,34 +257,40 @@ def _check_messages(messages: Any) -> None:
 # --- the size of a prompt -------------------------------------------------------------------------------------------
 
 
-def prompt_text_bytes(document: dict[str, Any]) -> int:
+def prompt_text_bytes(document: dict[str, Any], most: int) -> int:
     """UTF-8 bytes of the prompt's text plus 12 for each message; a quarter of it is the estimate. Pictures count
-    nothing."""
+    nothing. `most`: what is answered for a prompt of more values than are looked at, the body's length."""
     total = 0
+    values: list[Any] = []
     for name in ("prompt", "input", "system", "instructions", "messages"):
         value = document.get(name)
         if value is None:
             continue
-        total += _text(value, 0)
+        values.append(value)
         if name in ("messages", "input") and isinstance(value, list):
             total += _BYTES_PER_MESSAGE * sum(isinstance(entry, dict) for entry in value)
+    looked_at = 0
+    for depth in range(_TEXT_DEPTH + 1):
+        looked_at += len(values)
+        if looked_at > _MOST_VALUES:
+            return most
+        inner: list[Any] = []
+        for value in values:
+            if isinstance(value, str):
+                total += len(value) if value.isascii() else len(value.encode())
+            elif depth == _TEXT_DEPTH:
+                continue
+            elif isinstance(value, list):
+                if _is_tokens(value):
+                    total += 4 * len(value)
+                else:
+                    inner += value
+            elif isinstance(value, dict):
+                inner += [value[key] for key in _TEXT_KEYS if key in value]
+        values = inner
     return total
-
-
-def _text(value: Any, depth: int) -> int:
-    if isinstance(value, str):
-        return len(value.encode("utf-8", "surrogatepass"))
-    if depth >= _TEXT_DEPTH:
-        return 0
-    if isinstance(value, list):
-        if _is_tokens(value):
-            return 4 * len(value)
-        return sum(_text(entry, depth + 1) for entry in value)
-    if isinstance(value, dict):
-        return sum(_text(value[key], depth + 1) for key in _TEXT_KEYS if key in value)
-    return 0
 
 
 def _is_tokens(value: list[Any]) -> bool:
     """A prompt already in token ids."""
-    return bool(value) and all(type(entry) is int for entry in value)
+    return set(map(type, value)) == {int}

@@ -30,6 +30,11 @@ _COLON = re.compile(rb"[ \t\n\r]*+:[ \t\n\r]*+")
 _ESCAPE = re.compile(rb"\\(?:u([0-9A-Fa-f]{4})|.)", re.DOTALL)
 _MEMBER_KEY = re.compile(rb'[ \t\n\r]*+"(' + _INSIDE + rb')"[ \t\n\r]*+:[ \t\n\r]*+', re.DOTALL)
 _STRUCTURE = re.compile(rb'["{}\[\],]')
+_COST = re.compile(rb'["{\[,:]')
+_COSTS = {b"{": 5, b"[": 5, b":": 2, b",": 1, b'"': 1}
+_PAIR_OR_ESCAPE = re.compile(
+    rb"\\u[Dd][89ABab][0-9A-Fa-f]{2}\\u[Dd][C-Fc-f][0-9A-Fa-f]{2}|(\\u[Dd][89A-Fa-f][0-9A-Fa-f]{2})|\\.", re.DOTALL
+)
 _SPACE = b" \t\n\r"
 
 
@@ -129,6 +134,29 @@ def members(data: bytes, most: int = 1001) -> list[tuple[int, int, int, int]]:
             break
         at = value_end + 1
     return found
+
+
+def structure(data: bytes, most: int) -> int:
+    """What it costs to parse `data`, in units of some 40 ns: a list or object 5, a colon 2, a string or comma 1.
+
+    Counting ends once the sum is above `most`; an unterminated string ends it too.
+    """
+    total = 0
+    at = 0
+    while total <= most and (token := _COST.search(data, at)) is not None:
+        total += _COSTS[token[0]]
+        at = token.end()
+        if token[0] == b'"':
+            string = _STRING.match(data, token.start())
+            if string is None:
+                break
+            at = string.end()
+    return total
+
+
+def mend(data: bytes) -> bytes:
+    """`data` with `\\ufffd` in place of every escaped half of a surrogate pair; the identical object without any."""
+    return _PAIR_OR_ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], data)
 
 
 def _value_end(data: bytes, at: int) -> int:

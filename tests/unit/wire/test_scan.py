@@ -148,3 +148,57 @@ def test_long_texts_cost_linear_time(build: Any) -> None:
     for data in (b"\\" * many, b'"' * many, b'"' + b"\\" * many, b'"' + b'\\"' * many, b'{"a":' + b"[" * many):
         build.scan(watch, data)
         build.members(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "cost"),
+    [
+        (b"", 0),
+        (b"17", 0),
+        (b"[1,2,3]", 7),
+        (b'{"a":1}', 8),
+        (b'{"a,[{:":"[[\\"[["}', 9),
+        (b"[[[]]]", 15),
+        (b'["a', 6),
+        (b'"', 1),
+    ],
+)
+def test_structure_weighs_what_stands_outside_strings(build: Any, data: bytes, cost: int) -> None:
+    assert build.structure(data, 1000) == cost
+
+
+def test_structure_stops_counting_once_the_bound_is_passed(build: Any) -> None:
+    assert 100 < build.structure(b"[" * 10_000, 100) <= 105
+
+
+@pytest.mark.parametrize(
+    ("data", "mended"),
+    [
+        (b'"\\ud83c"', b'"\\ufffd"'),
+        (b'"\\uDF88x"', b'"\\ufffdx"'),
+        (b'"\\ud83c\\uDf88"', b'"\\ud83c\\uDf88"'),
+        (b'"\\ud83c\\ud83c\\udf88"', b'"\\ufffd\\ud83c\\udf88"'),
+        (b'"\\\\ud83c"', b'"\\\\ud83c"'),
+        (b'"\\\\ud83c\\udf88"', b'"\\\\ud83c\\ufffd"'),
+        (b'"\\u12', b'"\\u12'),
+        (b"\\", b"\\"),
+    ],
+)
+def test_half_a_surrogate_pair_is_mended_and_a_whole_one_kept(build: Any, data: bytes, mended: bytes) -> None:
+    assert build.mend(data) == mended
+
+
+_COSTLY = st.lists(
+    st.sampled_from(
+        [b'"', b"\\", b"[", b"]", b"{", b"}", b",", b":", b"\\ud83c", b"\\udf88", b"\\u00e9", b"\\u", b"d", b"8", b"\n"]
+    )
+    | st.binary(max_size=2),
+    max_size=40,
+).map(b"".join)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(_COSTLY, st.integers(0, 60))
+def test_both_builds_weigh_and_mend_any_bytes_alike(data: bytes, most: int) -> None:
+    assert compiled.structure(data, most) == pure.structure(data, most)
+    assert compiled.mend(data) == pure.mend(data)
