@@ -8,13 +8,13 @@ anthropic-python 2.11.0 `_streaming.py`); nothing read here raises.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 import orjson
 
 from proxyd.dialects.ask import Route
+from proxyd.dialects.bounded import read_json
 from proxyd.errors import Refusal
 
 Error = dict[str, Any]  # message: str, type: str|None, code: str|int|None, param: str|None
@@ -43,7 +43,9 @@ _REJECTIONS = (
 )
 # What is kept of a body that is no JSON; enough for a title, and no page in a log line.
 _TEXT_KEPT = 300
-_TAGS = re.compile(r"<(script|style)\b.*?</\1\s*>|<[^>]*>", re.IGNORECASE | re.DOTALL)
+# The title and the first words of a page lie in it, behind a style sheet of the usual size.
+_PAGE_READ = 16 * 1024
+_MOST_DETAILS = 20
 
 
 class Named(Protocol):
@@ -161,9 +163,9 @@ def read_error(document: Any) -> Error | None:
 def read_error_body(status: int, body: bytes) -> Error:
     """The error of a 4xx/5xx answer, whatever it is: JSON of any known shape, or a page of HTML or text."""
     try:
-        document = orjson.loads(body.strip(b" \t\r\n"))
+        document, _ = read_json(body.strip(b" \t\r\n"), lenient=False)
     except ValueError:
-        text = _TAGS.sub(" ", body[: 64 * 1024].decode("utf-8", "replace"))
+        text = _visible(body[:_PAGE_READ].decode("utf-8", "replace"))
         return make_error(" ".join(text.split())[:_TEXT_KEPT] or f"the upstream answered {status}")
     found = read_error(document)
     if found is not None:
@@ -176,9 +178,29 @@ def read_error_body(status: int, body: bytes) -> Error:
     return make_error(document if document else f"the upstream answered {status}")
 
 
+def _visible(page: str) -> str:
+    """The text between the tags of a page, scripts and styles left out. Linear: each end is searched from its start."""
+    lower = page.lower()
+    if len(lower) != len(page):
+        lower = page  # a letter whose small form is two: tags are ASCII, those in capitals are then missed
+    pieces: list[str] = []
+    at = 0
+    while (start := page.find("<", at)) >= 0:
+        pieces.append(page[at:start])
+        end = page.find(">", start)
+        for hidden in ("script", "style"):
+            if end >= 0 and lower.startswith(hidden, start + 1) and not lower[start + 1 + len(hidden)].isalnum():
+                end = lower.find(f"</{hidden}", end)
+                end = page.find(">", end) if end >= 0 else -1
+        if end < 0:
+            return " ".join(pieces)
+        at = end + 1
+    return " ".join((*pieces, page[at:]))
+
+
 def _detail(detail: Any) -> Any:
     if isinstance(detail, list) and detail and isinstance(detail[0], dict) and isinstance(detail[0].get("msg"), str):
-        return "; ".join(str(entry.get("msg")) for entry in detail if isinstance(entry, dict))
+        return "; ".join(str(entry.get("msg")) for entry in detail[:_MOST_DETAILS] if isinstance(entry, dict))
     return detail
 
 

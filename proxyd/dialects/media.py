@@ -1,7 +1,7 @@
 """What kind of body an answer is, and its bytes without gzip or deflate, for a copy that is only read.
 
 Owns: `media_kind`, `Inflater`. Must not know: what the body says. The relayed bytes are never these.
-Bounds: one `feed` gives at most 256 KiB (ask again while `more`), a body at most `max_total` bytes; beyond it, or on
+Bounds: one `feed` gives at most 64 KiB (ask again while `more`), a body at most `max_total` bytes; beyond it, or on
 damaged input, `failed` is set and nothing more comes out: the usage is then unknown, the relay goes on.
 """
 
@@ -10,10 +10,10 @@ from __future__ import annotations
 import zlib
 from enum import Enum
 
-# What one call may inflate: at twice that a bomb of 64 KiB compressed holds a turn for a millisecond more.
-_CALL_BYTES = 256 * 1024
-# What one body may inflate to. Half of it would still hold any answer known; twice it buys a bomb 0.3 s of CPU.
-_TOTAL_BYTES = 256 * 1024 * 1024
+# What one call may inflate: 9,000 of the shortest events, 10 ms of reading.
+_CALL_BYTES = 64 * 1024
+# What one body may inflate to: 200,000 tokens as events. Twice it buys a bomb as much CPU again.
+_TOTAL_BYTES = 64 * 1024 * 1024
 
 
 class Media(Enum):
@@ -77,7 +77,7 @@ class Inflater:
         return bool(self._pending) and not self.failed and not self.done
 
     def feed(self, data: bytes) -> bytes:
-        """Decode what can be decoded now, at most 256 KiB of it; never raises."""
+        """Decode what can be decoded now, at most 64 KiB of it; never raises."""
         if self.failed or self.done:
             return b""
         data = self._pending + data

@@ -10,12 +10,10 @@ sockets, the relay's phases, who pays. Subclasses say what an event's document m
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-import orjson
-
-from proxyd._scan import Watch
+from proxyd._scan import Watch, scan
+from proxyd.dialects.bounded import read_json
 from proxyd.dialects.errors import Error, make_error, read_error, read_error_body
 from proxyd.dialects.media import NDJSON, media_kind
 from proxyd.dialects.usage import Usage, read_ollama
@@ -27,6 +25,9 @@ FLAG_OVERSIZE = 8
 _SPACE = b" \t\r\n"
 # Model names and finish reasons are kept for the log; longer ones are no names.
 _NAME_CHARS = 256
+# How much of an answer in lines is read line by line; the shortest lines cost 0.5 us a byte.
+_LINES_BYTES = 64 * 1024
+_LINE_TEXT = Watch((), (), (b"response", b"content", b"thinking"))
 
 
 class Observer:
@@ -34,6 +35,7 @@ class Observer:
 
     __slots__ = (
         "body_text_bytes",
+        "cut",
         "document",
         "done_seen",
         "error",
@@ -70,6 +72,7 @@ class Observer:
         self.refused = False
         self.tail_usage = False
         self.unread = False
+        self.cut = False  # something had too many parts to be read whole
 
     # --- entries --------------------------------------------------------------------------------------------------
 
@@ -108,8 +111,7 @@ class Observer:
             self.fail(read_error_body(status, body))
             return
         if media_kind(content_type) is NDJSON:
-            for line in body.split(b"\n"):
-                self._on_line(line)
+            self._on_lines(body)
             return
         document = self._parse(body.strip(_SPACE))
         if document is None:
@@ -199,6 +201,23 @@ class Observer:
             )
         self.fail(error or make_error(value[:1024].decode("utf-8", "replace")))
 
+    def _on_lines(self, body: bytes) -> None:
+        """Ollama's lines. Of many only the first and the last are read, for the error and the counts; the text of the
+        others is measured."""
+        if len(body) <= _LINES_BYTES:
+            for line in body.split(b"\n"):
+                self._on_line(line)
+            return
+        body = body.strip(_SPACE)
+        last = body.find(b"\n", max(0, len(body) - _LINES_BYTES))
+        if last < 0:
+            last = body.rfind(b"\n")
+        if last >= 0:
+            self._on_line(body[: body.index(b"\n")])
+        for line in body[last + 1 :].split(b"\n"):
+            self._on_line(line)
+        self.body_text_bytes = scan(_LINE_TEXT, body)[1]
+
     def _on_line(self, line: bytes) -> None:
         line = line.strip(_SPACE)
         if not line:
@@ -227,26 +246,17 @@ class Observer:
 
     def _parse(self, data: bytes) -> dict[str, Any] | None:
         """The JSON object in `data`; anything else counts as a parse error (rule 11)."""
-        document: Any
+        document: Any = None
         try:
-            document = orjson.loads(data)
+            document, cut = read_json(data)
+            self.cut = self.cut or cut
         except ValueError:
-            document = _parse_lenient(data)
+            pass
         if isinstance(document, dict):
             return document
         if isinstance(document, list) and document and isinstance(document[0], dict):
             return document[0]  # Gemini's errors come in an array
         self.parse_errors += 1
-        return None
-
-
-def _parse_lenient(data: bytes) -> Any:
-    """Half a surrogate pair, escaped, is legal JSON and a provider may cut an emoji there; orjson refuses it."""
-    if b"\\u" not in data:
-        return None
-    try:
-        return json.loads(data.decode())
-    except (ValueError, RecursionError):
         return None
 
 

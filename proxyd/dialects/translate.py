@@ -41,6 +41,8 @@ _FINISH = {
     "refusal": "content_filter",
 }
 _TOOL_BLOCKS = ("tool_use",)
+# What was left out might have been text: half an answer must not look like a whole one.
+_CUT = make_error("the upstream's answer has too many parts to be read", "api_error", "upstream_unreadable")
 
 Payload = dict[str, Any]
 
@@ -160,6 +162,8 @@ class Translator:
         self._inner.on_event(name, data, flags)
         if self._ended:
             return b""
+        if self._inner.cut:
+            self._inner.fail(_CUT)
         frames = b"".join(self._frames(self._payloads(self._inner.document)))
         if self._inner.error is not None:
             self.finish(True, self._counted)
@@ -176,6 +180,8 @@ class Translator:
         """A JSON answer to the stream that was asked for: told by `ending()`."""
         self._inner.on_body(content_type, status, body)
         document = self._inner.document
+        if self._inner.cut:
+            self._inner.fail(_CUT)
         if document is None and self._inner.error is None:
             self._inner.fail(make_error("the upstream's answer cannot be read", "api_error", "upstream_unreadable"))
         elif document is not None and self._inner.error is None:

@@ -30,8 +30,9 @@ from proxyd.wire.head import Headers
 
 __all__ = ["Asker", "begin_stream", "reply_whole"]
 
-# What one translated event may hold: nothing of it may pass before it is whole.
-MAX_TRANSLATED_BYTES = 16 * 1024 * 1024
+# What one translated event may hold: nothing of it may pass before it is whole. A tool call with a file in it may have
+# 1 MiB; twice this bound is twice the time that one event of escapes holds the loop.
+MAX_TRANSLATED_BYTES = 2 * 1024 * 1024
 
 _EVENT_STREAM: Headers = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
