@@ -334,6 +334,7 @@ class Writer:
         if self._pause_s is None:
             self._tell_left()
             return False
+        self._measure()  # nothing is stored meanwhile, but the spool grows
         if self._stop.is_set():
             await asyncio.sleep(self._pause_s)
         else:

@@ -81,6 +81,7 @@ def test_one_node_serves_on_ipv4_ipv6_and_unix_sockets_at_once(upstream: Make, t
         daemon.port = port
         stack.callback(daemon.kill)
         daemon.start()
+        wait_for(lambda: '"listening"' in daemon.log())  # written when every worker serves, not the first
         (told,) = [json.loads(line) for line in daemon.log().splitlines() if '"listening"' in line]
         assert told["addresses"] == [f"127.0.0.1:{port}", f"[::1]:{port}", f"unix:{public}"]
         assert told["admin"] == f"unix:{tmp_path}/admin.sock"

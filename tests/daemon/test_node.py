@@ -357,7 +357,7 @@ def test_without_its_state_directory_no_worker_boots_and_the_daemon_says_why(tmp
     try:
         with (
             pytest.raises(AssertionError, match="state_dir"),
-            node(tmp_path, upstream, server=f'state_dir = "{tmp_path}/missing"\n#'),
+            node(tmp_path, upstream, server='state_dir = "/proc/missing"\n#'),
         ):
             pass
     finally:
