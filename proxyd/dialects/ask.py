@@ -75,7 +75,8 @@ _READ: dict[Route, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request body, read. `model` is None only on STREAM: then the first configured model answers."""
+    """A request body, read. `model` is None only on STREAM: then the first configured model answers. `document` is
+    whole only there; of a native body it holds what is read later."""
 
     route: Route
     model: str | None
@@ -124,7 +125,23 @@ def parse_ask(route: Route, body: bytes) -> Ask:
         _refuse("stream", "stream must be true or false", "invalid_type")
     options = document.get("stream_options")
     asked = isinstance(options, dict) and options.get("include_usage") is True
-    return Ask(route, model, stream is True, body, document, prompt_text_bytes(document, len(body)), asked)
+    text_bytes = prompt_text_bytes(document, len(body))
+    return Ask(route, model, stream is True, body, _kept(route, document, asked), text_bytes, asked)
+
+
+def _kept(route: Route, document: dict[str, Any], asked: bool) -> dict[str, Any]:
+    """What is asked of a native document later. The rest, up to ten times its body, is let go before the upstream is
+    asked."""
+    kept: dict[str, Any] = {name: document[name] for name in ("model", "stream") if name in document}
+    if isinstance(document.get("n"), int):
+        kept["n"] = document["n"]
+    options = document.get("stream_options")
+    if options is not None:
+        kept["stream_options"] = {"include_usage": asked} if isinstance(options, dict) else False
+    prompt = document.get("prompt")
+    if route is Route.COMPLETIONS and isinstance(prompt, list):
+        kept["prompt"] = prompt[:2]
+    return kept
 
 
 def _load(body: bytes, most: int) -> tuple[dict[str, Any], bool]:

@@ -46,6 +46,14 @@ def test_a_prompt_of_more_values_than_are_looked_at_is_taken_for_text() -> None:
     assert parse_ask(Route.EMBEDDINGS, body).prompt_text_bytes == len(body)
 
 
+def test_of_a_native_document_only_what_is_asked_later_is_kept() -> None:
+    many = list(range(1000))
+    body = {"model": "m", "n": many, "stream": True, "stream_options": {"x": many}, "messages": many, "prompt": many}
+    kept = {"model": "m", "stream": True, "stream_options": {"include_usage": False}}
+    assert parse_ask(Route.CHAT, orjson.dumps(body)).document == kept
+    assert parse_ask(Route.COMPLETIONS, orjson.dumps(body)).document == {**kept, "prompt": [0, 1]}
+
+
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 USAGE = b'"usage":{"prompt_tokens":3,"completion_tokens":4,"input_tokens":3,"output_tokens":4,"total_tokens":7}'
