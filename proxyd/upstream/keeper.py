@@ -101,8 +101,8 @@ class Keeper:
         use all the time), CONNECT_TIMEOUT, or what the dial met. Safe to cancel at any point."""
         deadline = self._loop.time() + timeout_s
         conn = await self._obtain(timeout_s, fresh)
-        # One that ended while idle, before the loop told us: the next newest, or a dial. What a dial gives is given on as
-        # it is: an upstream that hangs up on accept is an answer, not a reason to dial it again.
+        # One that ended while idle, before the loop told us: the next newest, or a dial. What a dial gives is given on
+        # as it is: an upstream that hangs up on accept is an answer, not a reason to dial it again.
         while conn.reused and not conn.is_quiet():
             self._step(pool.Released(conn, False))
             conn = await self._obtain(deadline - self._loop.time(), fresh)
