@@ -22,6 +22,7 @@ from proxyd.config.load import parse, read_text
 from proxyd.config.locate import KeyPath
 from proxyd.config.schema import Config
 from proxyd.config.secrets import Secrets, key_text, resolve
+from proxyd.config.sink import has_password
 from proxyd.errors import Finding
 from proxyd.host import limits
 from proxyd.store.schema import StoreError
@@ -132,6 +133,7 @@ def _store(config: Config) -> Iterator[_Found]:
 def _host_findings(config: Config) -> list[Finding]:
     """What the paths in the configuration are, on this machine."""
     found = [*_directories(config), *_access_log(config), *_certificates(config), *_unix_sockets(config)]
+    found += _password_in_the_file(config)
     return _findings(config, found)
 
 
@@ -220,6 +222,19 @@ def _certificates(config: Config) -> Iterator[_Found]:
             yield True, key, f"{upstream.ca_file} holds no certificate in PEM", "name a file of CERTIFICATE blocks"
         except OSError as error:
             yield True, key, f"cannot read {upstream.ca_file}: {error.strerror}", "correct the path or its permissions"
+
+
+def _password_in_the_file(config: Config) -> Iterator[_Found]:
+    """The group may read the file: root:proxyd 0640 is how a daemon that is not root is given one."""
+    if not has_password(config.telemetry.sink):
+        return
+    try:
+        mode = stat.S_IMODE(os.stat(config.file).st_mode)
+    except OSError:
+        return
+    if mode & stat.S_IROTH:
+        message = f"holds a password (not shown), and every user may read {config.file} (mode {mode:04o})"
+        yield False, ("telemetry", "sink"), message, "put the password into a file and name it: telemetry.password_file"
 
 
 def _unix_sockets(config: Config) -> Iterator[_Found]:

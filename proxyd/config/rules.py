@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 from proxyd.config.locate import KeyPath
 from proxyd.config.schema import Config, Listen, UpstreamConfig
+from proxyd.config.sink import has_password, is_mysql
+from proxyd.config.units import format_duration
 
 Severity = Literal["error", "warning"]
 
@@ -35,13 +37,14 @@ class Problem:
 
 def check(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     """Every problem of every rule."""
-    for rule in (_listeners, _auth, _upstreams, _models, _fallbacks, _streams, _monitoring, _not_yet):
+    for rule in (_listeners, _auth, _upstreams, _models, _fallbacks, _streams, _quota, _telemetry, _monitoring, _not_yet):
         yield from rule(config)
 
 
 def check_part(config: Config) -> Iterator[Problem]:
     """The problems that can be seen when sections other than the one in question have their defaults."""
     yield from _auth(config)
+    yield from _telemetry(config)
     yield from _not_yet(config)
 
 
@@ -240,6 +243,35 @@ def _streams(config: Config) -> Iterator[Problem]:
         yield Problem("error", ("stream", "turn_bytes"), "is above stream.buffer, which must hold a turn", "lower it")
 
 
+def _quota(config: Config) -> Iterator[Problem]:
+    quota, retention = config.quota, config.telemetry.retention
+    if quota.tokens and config.auth.mode == "off":
+        yield Problem(
+            "warning",
+            ("quota", "tokens"),
+            'has no effect with auth.mode = "off", which knows no users',
+            "remove it, or limit the tenant `default` in [limits]",
+        )
+    if quota.tokens and 0 < retention < quota.window:
+        yield Problem(
+            "warning",
+            ("quota", "window"),
+            f"is longer than telemetry.retention ({format_duration(retention)}): deleted rows are not counted",
+            "keep rows for as long as the window is",
+        )
+
+
+def _telemetry(config: Config) -> Iterator[Problem]:
+    telemetry = config.telemetry
+    key: KeyPath = ("telemetry", "password_file")
+    if not telemetry.password_file:
+        return
+    if not is_mysql(telemetry.sink):
+        yield Problem("warning", key, "has no effect: SQLite has no password", "remove it")
+    elif has_password(telemetry.sink):
+        yield Problem("error", key, "telemetry.sink holds a password, too (not shown)", "take it out of the URL")
+
+
 _CONDITION = re.compile(r"([a-z0-9_]+) *(>=|>|<=|<) *([0-9]+(?:[.][0-9]+)?)(?:(ms|s|m|h|%)|/(s|min|h))?")
 _QUANTITIES = (
     "queue_depth", "backpressure_events", "requests", "streams_active", "client_aborts", "upstream_errors",
@@ -277,19 +309,7 @@ def _monitoring(config: Config) -> Iterator[Problem]:
 
 
 # Options that are read and do not do in this version what they promise. An entry goes when they do.
-_PER_WORKER = "is counted by each worker for itself, since its own start: N workers allow N times as much"
-_NO_LIMIT = "has no effect in this version: nothing is limited"
-NOT_YET: dict[KeyPath, str] = {
-    ("quota", "window"): _PER_WORKER,
-    ("quota", "tokens"): _PER_WORKER,
-    ("quota", "refresh"): "has no effect in this version: the store's sum is not read",
-    ("limits", "concurrent_streams"): _NO_LIMIT,
-    ("limits", "requests_per_minute"): _NO_LIMIT,
-    ("limits", "tokens_per_minute"): _NO_LIMIT,
-    ("limits", "tenants"): _NO_LIMIT,
-    ("monitoring", "alert_on"): "has no effect in this version: nobody is alerted",
-    ("telemetry", "password_file"): "has no effect: SQLite has no password",
-}
+NOT_YET: dict[KeyPath, str] = {("monitoring", "alert_on"): "has no effect in this version: nobody is alerted"}
 
 
 def _not_yet(config: Config) -> Iterator[Problem]:
@@ -298,10 +318,3 @@ def _not_yet(config: Config) -> Iterator[Problem]:
         value = getattr(section, str(key[1]))
         if value != getattr(type(section)(), str(key[1])):
             yield Problem("warning", key, consequence, "do not rely on it")
-    if config.telemetry.sink.startswith("mysql:"):
-        yield Problem(
-            "error",
-            ("telemetry", "sink"),
-            "mysql is not supported by this version",
-            'use sqlite: "sqlite:////var/lib/proxyd/telemetry.db"',
-        )

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from proxyd.config import values as v
+from proxyd.config.sink import sink_url
 from proxyd.config.values import EnvName, Listen, ModelName, ModelNameOrNone, Name, Path
 
 __all__ = ["Config", "Listen", "ModelConfig", "UpstreamConfig", "option"]
@@ -118,13 +119,18 @@ class Quota(Section):
     refresh: Annotated[float, v.duration("100ms", "1h")] = option("30s", "how often the store's sum is read again")
 
 
-Limit = Annotated[int, v.whole(0, 2**53)]
+# Each permit is a word of shared memory, and a request looks for a free one: half as many would be too few for a whole
+# site's tenant on 16 workers; ten times more would make that look cost more than the request.
+MAX_STREAMS = 65536
+Streams = Annotated[int, v.whole(0, MAX_STREAMS, "no limit")]
+# What 250 ms of a window count to, in 40 bits of a word.
+Limit = Annotated[int, v.whole(0, 10**12, "no limit")]
 
 
 class TenantLimits(Section):
     """What differs for one tenant; an option left out keeps the general value."""
 
-    concurrent_streams: Limit | None = option(None, "streams at once; 0 is no limit")
+    concurrent_streams: Streams | None = option(None, "streams at once; 0 is no limit", reload="restart")
     requests_per_minute: Limit | None = option(None, "requests in any 60 seconds; 0 is no limit")
     tokens_per_minute: Limit | None = option(None, "tokens in any 60 seconds; 0 is no limit")
 
@@ -132,12 +138,18 @@ class TenantLimits(Section):
 class Limits(Section):
     """How much one tenant may ask for at once and a minute."""
 
-    concurrent_streams: Limit = option(0, "streams at once; 0 is no limit")
+    concurrent_streams: Streams = option(0, "streams at once; 0 is no limit", reload="restart")
     requests_per_minute: Limit = option(0, "requests in any 60 seconds; 0 is no limit")
     tokens_per_minute: Limit = option(0, "tokens in any 60 seconds; 0 is no limit")
     tenants: dict[Annotated[str, v.named(r"[!-~]{1,64}", "1 to 64 visible ASCII characters")], TenantLimits] = option(
         {}, "[limits.tenants.NAME] overrides any of them for one tenant"
     )
+
+    @property
+    def most_streams(self) -> int:
+        """The largest concurrent_streams of any tenant: what the shared table of permits has room for."""
+        own = (tenant.concurrent_streams or 0 for tenant in self.tenants.values())
+        return max(self.concurrent_streams, *own, 0)
 
     def for_tenant(self, name: str) -> tuple[int, int, int]:
         """(concurrent_streams, requests_per_minute, tokens_per_minute) of a tenant; 0 is no limit."""
@@ -215,12 +227,12 @@ class Stream(Section):
 class Telemetry(Section):
     """Where the row of each transaction goes."""
 
-    sink: Annotated[str, BeforeValidator(v.sink_url)] = option(
+    sink: Annotated[str, BeforeValidator(sink_url)] = option(
         "sqlite:////var/lib/proxyd/telemetry.db",
-        "sqlite:////absolute/path, or sqlite:///path from the working directory",
+        "sqlite:////path/file.db, mysql://user@host:port/database or mysql:///database?unix_socket=/path",
         reload="restart",
     )
-    password_file: Path = option("", "the database password, not readable by others", reload="restart")
+    password_file: Path = option("", "the password of a mysql:// sink, not readable by others", reload="restart")
     linger: Annotated[float, v.duration("0s", "10s")] = option("20ms", "how long a group of rows waits for company")
     batch_rows: Annotated[int, v.whole(1, 100_000)] = option(1000, "rows in one group at most")
     durability: Literal["row", "second", "os"] = option(

@@ -22,6 +22,7 @@ import orjson
 
 from proxyd.config.locate import KeyPath
 from proxyd.config.schema import Config
+from proxyd.config.sink import is_mysql
 from proxyd.errors import Finding
 
 # HS256 wants a key as long as its hash: RFC 7518, section 3.2. Shorter ones are searched offline from a single token.
@@ -85,6 +86,14 @@ def resolve_hmac(config: Config, environ: Mapping[str, str] = os.environ) -> tup
     """The secret of session tokens alone: no other file is opened."""
     reader = _Reader(config, environ)
     secrets = Secrets(jwt=reader.hmac_secret())
+    failed = any(finding.severity == "error" for finding in reader.findings)
+    return (None if failed else secrets), reader.findings
+
+
+def resolve_password(config: Config, environ: Mapping[str, str] = os.environ) -> tuple[Secrets | None, list[Finding]]:
+    """The database's password alone: no other file is opened."""
+    reader = _Reader(config, environ)
+    secrets = Secrets(telemetry_password=reader.password())
     failed = any(finding.severity == "error" for finding in reader.findings)
     return (None if failed else secrets), reader.findings
 
@@ -175,9 +184,18 @@ class _Reader:
         into.append(Secret(value))
 
     def password(self) -> Secret | None:
-        path = self.config.telemetry.password_file
-        value = self.file(("telemetry", "password_file"), path) if path else None
-        return None if value is None else Secret(value)
+        telemetry = self.config.telemetry
+        if not telemetry.password_file or not is_mysql(telemetry.sink):
+            return None
+        key: KeyPath = ("telemetry", "password_file")
+        value = self.file(key, telemetry.password_file)
+        if value is None:
+            return None
+        if b"\n" in value or b"\0" in value:
+            message = f"{telemetry.password_file} holds more than one line, or a NUL"
+            self.error(key, message, "one password, on one line")
+            return None
+        return Secret(value)
 
     def variable(self, key: KeyPath, name: str) -> bytes | None:
         value = self.environ.get(name, "")

@@ -237,18 +237,6 @@ def web_origin(value: Any) -> str:
     refuse("is not an origin", 'write scheme and host without a path: "https://www.example.com"')
 
 
-def sink_url(value: Any) -> str:
-    """Where telemetry rows go; never repeated, since a mysql:// URL may hold a password."""
-    remedy = 'write "sqlite:////var/lib/proxyd/telemetry.db" (four slashes before an absolute path)'
-    if not isinstance(value, str):
-        refuse("must be a URL in a string", remedy)
-    if value.startswith("mysql://"):
-        return value
-    if not value.startswith("sqlite:///") or not value.removeprefix("sqlite:///") or "\0" in value:
-        refuse("is not a sink that this version knows (its value is not shown)", remedy)
-    return value
-
-
 def access_target(value: Any) -> str:
     """Where the access log goes."""
     if isinstance(value, str) and (value in ("stdout", "off") or value.startswith("/")):
@@ -267,14 +255,15 @@ def named(pattern: str, what: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def whole(low: int, high: int) -> BeforeValidator:
-    """An integer within bounds."""
+def whole(low: int, high: int, zero: str = "") -> BeforeValidator:
+    """An integer within bounds; `zero` is what 0 stands for, where that is worth telling."""
+    lowest = f"{low} ({zero})" if zero else f"{low}"
 
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
-            refuse("must be an integer", f"write a number from {low} to {high}, without quotes")
+            refuse("must be an integer", f"write a number from {lowest} to {high}, without quotes")
         if not low <= value <= high:
-            refuse(f"{value} is out of range", f"write a number from {low} to {high}")
+            refuse(f"{value} is out of range", f"write a number from {lowest} to {high}")
         return value
 
     return BeforeValidator(check)

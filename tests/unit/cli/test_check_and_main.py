@@ -63,8 +63,8 @@ def test_a_good_configuration_has_no_findings_and_exits_0(node, capsys):
 
 
 def test_warnings_do_not_fail(node, capsys):
-    assert node.check(extra="[limits]\nconcurrent_streams = 1\n") == 0
-    line = f"warning {node.path}:19 limits.concurrent_streams: has no effect in this version: nothing is limited"
+    assert node.check(extra="[monitoring]\nalert_on = []\n") == 0
+    line = f"warning {node.path}:19 monitoring.alert_on: has no effect in this version: nobody is alerted"
     assert capsys.readouterr().out.startswith(line)
 
 

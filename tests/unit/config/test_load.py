@@ -113,7 +113,7 @@ def test_a_pasted_key_is_told_where_it_belongs_and_not_repeated():
         AUTH + UPSTREAM + 'api_key_file = "sk-very-secret"\n' + MODEL,
         AUTH + UPSTREAM + 'api_key_env = ["sk-very-secret"]\n' + MODEL,
         AUTH + UPSTREAM.replace("https://", "https://u:sk-very-secret@") + MODEL,
-        MINIMAL + '[telemetry]\nsink = "mysql://u:sk-very-secret@h/d"\n',
+        MINIMAL + '[telemetry]\nsink = "mysql://u:sk-very-secret@h"\n',
         MINIMAL + '[telemetry]\nsink = "postgres://u:sk-very-secret@h/d"\n',
         MINIMAL + "sk-very-secret",
         MINIMAL + '[x]\na = "sk-very-secret\n',

@@ -178,31 +178,55 @@ def test_percentiles_are_some_and_differ():
 @pytest.mark.parametrize(
     "text, key",
     [
-        ("[quota]\ntokens = 5\n", "quota.tokens"),
-        ('[quota]\nwindow = "1h"\n', "quota.window"),
-        ('[quota]\nrefresh = "1s"\n', "quota.refresh"),
-        ("[limits]\nconcurrent_streams = 5\n", "limits.concurrent_streams"),
-        ("[limits]\nrequests_per_minute = 5\n", "limits.requests_per_minute"),
-        ("[limits]\ntokens_per_minute = 5\n", "limits.tokens_per_minute"),
-        ("[limits.tenants.acme]\ntokens_per_minute = 5\n", "limits.tenants"),
         ("[monitoring]\nalert_on = []\n", "monitoring.alert_on"),
         ('[telemetry]\npassword_file = "/p"\n', "telemetry.password_file"),
+        ('[quota]\ntokens = 5\nwindow = "30d"\n[telemetry]\nretention = "7d"\n', "quota.window"),
     ],
 )
-def test_what_does_not_work_yet_is_said_when_it_is_used(text, key):
+def test_what_has_not_its_whole_effect_is_said_when_it_is_used(text, key):
     assert keys(MINIMAL + text) == []
     assert keys(MINIMAL + text, "warning") == [key]
 
 
-def test_defaults_of_what_does_not_work_yet_are_silent():
-    assert keys(MINIMAL + '[quota]\ntokens = 0\nwindow = "1440m"\n[limits]\nconcurrent_streams = 0\n', "warning") == []
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[quota]\ntokens = 5\nwindow = "1h"\nrefresh = "1s"\n',
+        '[quota]\ntokens = 5\nwindow = "90d"\n[telemetry]\nretention = "0s"\n',
+        "[limits]\nconcurrent_streams = 5\nrequests_per_minute = 5\ntokens_per_minute = 5\n",
+        "[limits.tenants.acme]\ntokens_per_minute = 5\n",
+        '[telemetry]\nsink = "mysql://u@h/d"\npassword_file = "/p"\n',
+        '[telemetry]\nsink = "mysql://u:p@h/d"\n',
+    ],
+)
+def test_what_works_has_no_finding(text):
+    assert keys(MINIMAL + text) == keys(MINIMAL + text, "warning") == []
 
 
-def test_mysql_is_an_error_and_not_a_surprise():
-    found = only(MINIMAL + '[telemetry]\nsink = "mysql:///db?unix_socket=/run/m.sock"\n')
-    assert found.key == "telemetry.sink"
-    assert "not supported by this version" in found.message
-    assert "sqlite" in found.remedy
+def test_a_ceiling_for_users_needs_users():
+    text = '[auth]\nmode = "off"\n' + UPSTREAM + MODEL + "[quota]\ntokens = 5\n"
+    assert keys(text, "warning") == ["quota.tokens"]
+
+
+def test_a_password_comes_from_one_place():
+    found = only(MINIMAL + '[telemetry]\nsink = "mysql://u:hush@h/d"\npassword_file = "/p"\n')
+    assert found.key == "telemetry.password_file"
+    assert "hush" not in found.text()
+
+
+def test_streams_have_a_bound_that_is_told():
+    found = only(MINIMAL + "[limits]\nconcurrent_streams = 65537\n")
+    assert (found.key, found.remedy) == ("limits.concurrent_streams", "write a number from 0 (no limit) to 65536")
+    found = only(MINIMAL + "[limits.tenants.acme]\nconcurrent_streams = -1\n")
+    assert found.key == "limits.tenants.acme.concurrent_streams"
+    assert keys(MINIMAL + "[limits]\nconcurrent_streams = 65536\n") == []
+
+
+def test_the_table_of_permits_is_as_large_as_the_largest_tenant_s():
+    assert valid(MINIMAL).limits.most_streams == 0
+    text = "[limits]\nconcurrent_streams = 5\n[limits.tenants.a]\nconcurrent_streams = 9\n[limits.tenants.b]\n"
+    assert valid(MINIMAL + text).limits.most_streams == 9
+    assert valid(MINIMAL + text.replace("9", "0")).limits.most_streams == 5
 
 
 def test_a_tenant_overrides_single_limits():

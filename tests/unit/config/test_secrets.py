@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from proxyd.config.load import parse
-from proxyd.config.secrets import Secret, resolve
+from proxyd.config.secrets import Secret, resolve, resolve_password
 from tests.unit.config.texts import ENVIRON, MODEL, SECRET, UPSTREAM, valid
 
 RSA = {"kty": "RSA", "n": "AQAB", "e": "AQAB"}
@@ -191,7 +191,42 @@ def test_a_key_set_that_cannot_serve_is_an_error(tmp_path, document, reason):
 
 
 def test_a_password_is_read_for_the_store(tmp_path):
-    path = keep(tmp_path / "p", b"pw\n")
-    config = valid('[auth]\nmode = "off"\n' + UPSTREAM + MODEL + f'[telemetry]\npassword_file = "{path}"\n')
-    secrets, _ = resolve(config, {})
-    assert secrets.telemetry_password == Secret(b"pw")
+    path = keep(tmp_path / "p", b"pw \n")
+    for how in (resolve, resolve_password):
+        secrets, findings = how(with_password(path), {})
+        assert findings == []
+        assert secrets.telemetry_password == Secret(b"pw ")
+
+
+def with_password(path, sink="mysql://u@h/d"):
+    text = f'[telemetry]\nsink = "{sink}"\npassword_file = "{path}"\n'
+    return valid('[auth]\nmode = "off"\n' + UPSTREAM + MODEL + text)
+
+
+def test_a_password_comes_as_a_credential_of_systemd(tmp_path):
+    (tmp_path / "credentials").mkdir()
+    keep(tmp_path / "credentials" / "mysql.password", b"from systemd")
+    config = with_password("/nonexistent/mysql.password")
+    secrets, findings = resolve_password(config, {"CREDENTIALS_DIRECTORY": f"{tmp_path}/credentials"})
+    assert findings == []
+    assert secrets.telemetry_password == Secret(b"from systemd")
+
+
+def test_a_password_that_every_user_may_read_is_an_error_and_one_for_the_group_a_warning(tmp_path):
+    path = keep(tmp_path / "p", b"hush", 0o644)
+    (found,) = errors(with_password(path))
+    assert (found.key, found.remedy) == ("telemetry.password_file", f"chmod 0600 {path}")
+    path.chmod(0o640)
+    secrets, (warning,) = resolve(with_password(path), {})
+    assert (secrets.telemetry_password, warning.severity) == (Secret(b"hush"), "warning")
+
+
+@pytest.mark.parametrize("value", [b"", b"\n", b"one\ntwo\n", b"a\0b"])
+def test_a_password_is_one_line(tmp_path, value):
+    (found,) = errors(with_password(keep(tmp_path / "p", value)))
+    assert "two" not in found.text()
+
+
+def test_no_password_is_read_for_a_store_that_has_none(tmp_path):
+    secrets, findings = resolve(with_password(tmp_path / "missing", "sqlite:////x.db"), {})
+    assert (secrets.telemetry_password, findings) == (None, [])
