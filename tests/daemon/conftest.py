@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.daemon.harness import Script, Upstream
+from tests.daemon.mariadb import mariadb as mariadb
 
 
 @pytest.fixture
