@@ -37,7 +37,9 @@ class Problem:
 
 def check(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     """Every problem of every rule."""
-    for rule in (_listeners, _auth, _upstreams, _models, _fallbacks, _streams, _quota, _telemetry, _monitoring, _not_yet):
+    yield from _listeners(config)
+    yield from _auth(config)
+    for rule in (_upstreams, _models, _fallbacks, _streams, _quota, _telemetry, _monitoring, _not_yet):
         yield from rule(config)
 
 
