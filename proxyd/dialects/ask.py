@@ -85,6 +85,8 @@ class Ask:
     document: dict[str, Any]
     prompt_text_bytes: int
     asked_usage: bool
+    max_tokens: int | None = None
+    """The most tokens that one answer may have, where the client said so."""
 
     @property
     def many_choices(self) -> bool:
@@ -126,7 +128,15 @@ def parse_ask(route: Route, body: bytes) -> Ask:
     options = document.get("stream_options")
     asked = isinstance(options, dict) and options.get("include_usage") is True
     text_bytes = prompt_text_bytes(document, len(body))
-    return Ask(route, model, stream is True, body, _kept(route, document, asked), text_bytes, asked)
+    return Ask(
+        route, model, stream is True, body, _kept(route, document, asked), text_bytes, asked, _max_tokens(document)
+    )
+
+
+def _max_tokens(document: dict[str, Any]) -> int | None:
+    """The smallest bound that is given under any of its names; what is no count is the upstream's to refuse."""
+    given = [document.get(name) for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")]
+    return min((count for count in given if type(count) is int and count >= 0), default=None)
 
 
 def _kept(route: Route, document: dict[str, Any], asked: bool) -> dict[str, Any]:
@@ -240,7 +250,8 @@ def _site_ask(body: bytes, document: dict[str, Any], mended: bool) -> Ask:
         _refuse("temperature", "temperature must be a number from 0 to 2", "invalid_type")
     if mended:
         raise Refusal(400, "invalid_json", "the body holds half a surrogate pair")
-    return Ask(Route.STREAM, model, True, body, document, prompt_text_bytes(document, len(body)), False)
+    text_bytes = prompt_text_bytes(document, len(body))
+    return Ask(Route.STREAM, model, True, body, document, text_bytes, False, _max_tokens(document))
 
 
 def _check_messages(messages: Any) -> None:

@@ -389,3 +389,22 @@ def test_openai_messages_become_anthropic_turns() -> None:
             {"type": "tool_result", "tool_use_id": "c2", "content": "43"},
             {"type": "image", "source": {"type": "url", "url": "https://example.org/x.png"}}]},
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("route", "given", "most"),
+    [
+        (Route.CHAT, {}, None),
+        (Route.CHAT, {"max_tokens": 20}, 20),
+        (Route.CHAT, {"max_tokens": 20, "max_completion_tokens": 7}, 7),
+        (Route.RESPONSES, {"max_output_tokens": 9}, 9),
+        (Route.MESSAGES, {"max_tokens": 0}, 0),
+        (Route.CHAT, {"max_tokens": -1}, None),
+        (Route.CHAT, {"max_tokens": True}, None),
+        (Route.CHAT, {"max_tokens": "5"}, None),
+        (Route.STREAM, {"max_tokens": 3}, 3),
+    ],
+)
+def test_the_most_tokens_that_a_client_wants_are_read_under_any_name(route, given, most):
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "input": "hi", **given}
+    assert parse_ask(route, json.dumps(body).encode()).max_tokens == most
