@@ -119,6 +119,16 @@ class Store(Protocol):
         """True when a row with this row's user, second and request id is stored."""
         ...
 
+    async def window_sum(self, user_id: int, since: float) -> int:
+        """The founding query: the user's tokens in rows of `since` (seconds since the epoch) or later; from the index
+        alone."""
+        ...
+
+    async def spends(self, user_id: int, since: float, limit: int) -> list[tuple[float, int]]:
+        """(second, tokens) of the first `limit` seconds, from `since` on, in which the user has rows; oldest first,
+        from the index alone."""
+        ...
+
     async def delete_older(self, cutoff: float, limit: int) -> int:
         """Deletes at most `limit` rows created before `cutoff` (seconds since the epoch); returns how many went."""
         ...

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from proxyd.store.queries import WINDOW_SUM
 from proxyd.store.schema import (
     COLUMNS,
     SCHEMA_VERSION,
@@ -48,7 +49,13 @@ _SYNCHRONOUS = {"row": "FULL", "second": "FULL", "os": "NORMAL"}
 _APPLICATION_ID = 0x70786400
 # S608: the names are constants of this package; values are always parameters.
 _INSERT = f"INSERT INTO sys_ai_transactions ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
+_LARGEST = 2**63 - 1  # SQLite's integers; a row of a user above it is refused, so there is none
 _CREATED_AT = COLUMNS.index("created_at")
+# From idx_sys_ai_user_window alone, and in its order, so that LIMIT ends the reading.
+_SPENDS = (
+    "SELECT CAST(strftime('%s', created_at) AS INTEGER), SUM(prompt_tokens + completion_tokens)"
+    " FROM sys_ai_transactions WHERE user_id = ? AND created_at >= ? GROUP BY created_at ORDER BY created_at LIMIT ?"
+)
 # What SQLite or its binding says about one row's values, as opposed to the database's state.
 _ROW_FAULTS = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, OverflowError, ValueError)
 
@@ -83,6 +90,12 @@ class SqliteStore:
 
     async def holds(self, row: Row) -> bool:
         return await self._run(lambda: self._holds(row))
+
+    async def window_sum(self, user_id: int, since: float) -> int:
+        return await self._run(lambda: self._window_sum(user_id, since))
+
+    async def spends(self, user_id: int, since: float, limit: int) -> list[tuple[float, int]]:
+        return await self._run(lambda: self._spends(user_id, since, limit))
 
     async def delete_older(self, cutoff: float, limit: int) -> int:
         return await self._run(lambda: self._delete_older(cutoff, limit))
@@ -165,6 +178,17 @@ class SqliteStore:
             (row.user_id, utc_text(row.created_at), row.request_id),
         )
         return found.fetchone() is not None
+
+    def _window_sum(self, user_id: int, since: float) -> int:
+        if user_id > _LARGEST:
+            return 0
+        return int(self._live().execute(WINDOW_SUM, (user_id, utc_text(since))).fetchone()[0] or 0)
+
+    def _spends(self, user_id: int, since: float, limit: int) -> list[tuple[float, int]]:
+        if user_id > _LARGEST:
+            return []
+        found = self._live().execute(_SPENDS, (user_id, utc_text(since), limit))
+        return [(float(second), int(tokens)) for second, tokens in found]
 
     def _delete_older(self, cutoff: float, limit: int) -> int:
         return (
