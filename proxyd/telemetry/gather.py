@@ -15,20 +15,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from proxyd.clock import Clock
-from proxyd.store.schema import Batch, Cursor, OpenTransaction, Row
+from proxyd.store.schema import Batch, Cursor, OpenTransaction, Row, Store
+from proxyd.telemetry.deadletter import DeadLetter, append_dead_letters
 from proxyd.telemetry.reader import Moved, Phase, Stream
 from proxyd.telemetry.record import Final
 from proxyd.telemetry.recovery import adopt, remove_if_empty, remove_segments, sync_directory
-from proxyd.telemetry.segment import directory_bytes, list_spool, segment_name
+from proxyd.telemetry.requeue import REQUEUE_ROWS, Requeue, identity, is_held, is_past, is_requeue
+from proxyd.telemetry.segment import directory_bytes, list_files, segment_name
 from proxyd.telemetry.spoolio import SpoolLog
 
 # How often an idle stream's lock is tried: what a dead worker left open becomes rows at most this much later.
 PROBE_S = 0.25
+TELL_AGAIN_S = 60.0
 
 
 @dataclass(slots=True)
 class Group:
-    """What is gathered for one commit. `since` is the monotonic time of its first row."""
+    """What is gathered for one commit. `since` is the monotonic time of its first row.
+
+    `batch.rows` begins with the finals, of which `accepted_at` has a time each; behind them stand interrupted and
+    re-queued rows, which are put there when the group is stored.
+    """
 
     batch: Batch = field(default_factory=Batch)
     touched: dict[str, Stream] = field(default_factory=dict)
@@ -37,12 +44,53 @@ class Group:
     accepted_at: list[float] = field(default_factory=list)
     interrupted: list[str] = field(default_factory=list)  # their request ids
     since: float | None = None
-    has_set_aside: bool = False
+    requeue: Requeue | None = None  # the file that was read for this group
+    requeued: list[Row] = field(default_factory=list)  # its rows, not looked up yet
+    _origins: list[tuple[int, str]] = field(default_factory=list)  # (first row, stream), ascending
+    _aside: dict[int, Row] = field(default_factory=dict)  # the rows that are dead letters already, by id()
 
     @property
     def must_commit(self) -> bool:
         """True when there is more than rows in it, which waits for no company."""
-        return bool(self.moved or self.ended or self.batch.forgotten)
+        return bool(self.moved or self.ended or self.batch.forgotten or self.requeue is not None)
+
+    def begin(self, stream: str) -> None:
+        """The rows added from now on are this stream's."""
+        if not self._origins or self._origins[-1][1] != stream:
+            self._origins.append((len(self.batch.rows), stream))
+
+    async def take_requeued(self, store: Store) -> None:
+        """Adds the re-queued rows that are neither stored nor in the group. Raises StoreError; then go on with another
+        call."""
+        if self.requeue is None or not self.requeued:
+            return
+        self.begin(self.requeue.name)
+        here = set(map(identity, self.batch.rows))
+        while self.requeued:
+            row = self.requeued[0]
+            if identity(row) not in here and not await is_held(store, row):
+                self.batch.rows.append(row)
+                here.add(identity(row))
+            del self.requeued[0]
+
+    def set_aside(self, directory: Path, refused: Sequence[tuple[Row, str]]) -> None:
+        """Makes dead letters of rows of this group that are none yet: a commit may be tried more than once."""
+        fresh = [(row, reason) for row, reason in refused if id(row) not in self._aside]
+        if not fresh:
+            return
+        origins = self._streams_of_rows()
+        cursors = self.batch.cursors
+        append_dead_letters(
+            directory, [DeadLetter(row, reason, cursors.get(origins.get(id(row), ""))) for row, reason in fresh]
+        )
+        self._aside.update((id(row), row) for row, _ in fresh)
+
+    def _streams_of_rows(self) -> dict[int, str]:
+        found: dict[int, str] = {}
+        rows, ends = self.batch.rows, [first for first, _ in self._origins[1:]]
+        for (first, stream), end in zip(self._origins, [*ends, len(rows)], strict=True):
+            found.update((id(row), stream) for row in rows[first:end])
+        return found
 
     def complete(self) -> None:
         """Adds the cursors, and what is to be carried of the streams that left a segment. Idempotent."""
@@ -51,6 +99,8 @@ class Group:
             name: Cursor(name, stream.sequence, stream.position, stream.phase is Phase.ENDED)
             for name, stream in self.touched.items()
         }
+        if self.requeue is not None:
+            batch.cursors[self.requeue.name] = self.requeue.cursor
         batch.carried = [
             OpenTransaction(stream.name, txn, opened.intent, opened.checkpoint)
             for stream, _ in self.moved
@@ -62,13 +112,14 @@ class Gatherer:
     """All streams of one spool directory."""
 
     __slots__ = (
-        "_clock", "_directory", "_finished", "_kept", "_limit", "_log", "_next_probe", "_rejected", "forget",
-        "group", "streams",
+        "_clock", "_directory", "_finished", "_kept", "_limit", "_log", "_next_probe", "_rejected", "_requeues",
+        "_unreadable", "forget", "group", "streams",
     )  # fmt: skip
 
     def __init__(self, directory: Path, limit: int, log: SpoolLog, clock: Clock) -> None:
         self._directory, self._limit, self._log, self._clock = directory, limit, log, clock
         self.streams: dict[str, Stream] = {}
+        self._requeues: dict[str, Requeue] = {}
         self.group = Group()
         # Ended streams without files, whose cursors the next commit may delete.
         self.forget: list[str] = []
@@ -76,11 +127,16 @@ class Gatherer:
         self._finished: set[str] = set()
         self._kept: set[str] = set()
         self._next_probe = 0.0
+        # What could not be read, why, and when that is told again.
+        self._unreadable: dict[str, tuple[str, float]] = {}
 
     def adopt(
         self, name: str, sequences: Sequence[int], cursor: Cursor | None, carried: Sequence[OpenTransaction]
     ) -> None:
         """Takes a stream up at its cursor; what the cursor says is stale goes. A repeated call starts it over."""
+        if is_requeue(name):
+            self._adopt_requeue(name, cursor)
+            return
         known = self.streams.pop(name, None)
         if known is not None:
             known.close()
@@ -103,6 +159,16 @@ class Gatherer:
                 )
         self.streams[name] = stream
 
+    def _adopt_requeue(self, name: str, cursor: Cursor | None) -> None:
+        requeue = Requeue(self._directory, name, cursor.position if cursor is not None else 0)
+        if cursor is not None and cursor.finished:
+            self._finished.add(name)
+            requeue.path.unlink(missing_ok=True)
+            sync_directory(self._directory)
+            self.forget.append(name)
+            return
+        self._requeues[name] = requeue
+
     def _reject(self, name: str) -> None:
         """A file that is no segment we can read: reported once and left alone, or removed if it is ours and empty."""
         if name in self._rejected:
@@ -116,7 +182,7 @@ class Gatherer:
     def gather(self, is_stopping: bool) -> bool:
         """Reads what the streams hold now into the group; True when there was nothing. Blocking: a segment a stream."""
         # Listed first: a successor seen here was made before the reads below, so its predecessor is complete by then.
-        listing, foreign = list_spool(self._directory)
+        listing, foreign, requeues = list_files(self._directory)
         for name in foreign:
             self._reject(name)
         for name in listing.keys() - self.streams.keys() - self._finished:
@@ -132,9 +198,42 @@ class Gatherer:
                 continue  # one step a commit
             try:
                 has_read |= self._read(name, stream, listing.get(name, []), is_probe_due)
+                self._unreadable.pop(name, None)
             except OSError as error:
-                self._log.error("spool_unreadable", stream=name, segment=stream.sequence, reason=str(error))
+                self._tell_unreadable(name, stream.sequence, str(error))
+        for name in requeues:
+            if name not in self._requeues and name not in self._finished:
+                self._adopt_requeue(name, None)
+        if self._requeues and self.group.requeue is None:
+            has_read |= self._read_requeue(min(self._requeues))
         return not has_read
+
+    def _tell_unreadable(self, name: str, segment: int, reason: str) -> None:
+        """Once, and again each minute while it lasts: an idle process looks twenty times a second."""
+        now = self._clock.monotonic()
+        told, again_at = self._unreadable.get(name, ("", 0.0))
+        if reason != told or now >= again_at:
+            self._unreadable[name] = reason, now + TELL_AGAIN_S
+            self._log.error("spool_unreadable", stream=name, segment=segment, reason=reason)
+
+    def _read_requeue(self, name: str) -> bool:
+        """True when a step was taken in this file of dead letters."""
+        group, requeue = self.group, self._requeues[name]
+        limit = min(REQUEUE_ROWS, self._limit - len(group.batch.rows))
+        if limit <= 0:
+            return False
+        try:
+            rows = requeue.take(lambda origin: is_past(self.streams, self._requeues, origin), self._log, limit)
+        except OSError as error:
+            self._tell_unreadable(name, 1, str(error))
+            return False
+        self._unreadable.pop(name, None)
+        if rows is None:
+            return False
+        group.requeue, group.requeued = requeue, rows
+        if rows and group.since is None:
+            group.since = self._clock.monotonic()
+        return True
 
     def _read(self, name: str, stream: Stream, known: Sequence[int], is_probe_due: bool) -> bool:
         group, limit = self.group, self._limit
@@ -169,6 +268,7 @@ class Gatherer:
 
     def _add(self, stream: Stream, final: Final) -> None:
         group = self.group
+        group.begin(stream.name)
         if stream.end_transaction(final.txn):
             group.batch.closed.append((stream.name, final.txn))
         group.batch.rows.append(Row(*final[1:-1]))
@@ -179,7 +279,11 @@ class Gatherer:
     def waiting_bytes(self) -> int:
         """Bytes in the spool that are not read yet; the stored part of a live segment waits for nothing."""
         read = sum(stream.position for stream in self.streams.values() if stream.phase is not Phase.ENDED)
-        return max(0, directory_bytes(self._directory) - read)
+        return max(0, directory_bytes(self._directory) - read) + self.requeue_bytes()
+
+    def requeue_bytes(self) -> int:
+        """Bytes of dead letters that are to be stored again."""
+        return sum(requeue.left_bytes() for requeue in self._requeues.values())
 
     def on_stored(self, group: Group) -> None:
         """After the group's commit: removes the files that it left behind, and the ended streams."""
@@ -191,6 +295,21 @@ class Gatherer:
         for stream, _ in group.ended:
             del self.streams[stream.name]
             self._finished.add(stream.name)
+        if group.requeue is not None and group.requeue.is_ended:
+            self._remove_requeue(group.requeue)
+
+    def _remove_requeue(self, requeue: Requeue) -> None:
+        del self._requeues[requeue.name]
+        self._finished.add(requeue.name)
+        try:
+            requeue.path.unlink(missing_ok=True)
+            sync_directory(self._directory)
+        except OSError as error:
+            # As for a stream: the cursor says that the file is stale, and the next start removes it.
+            self._log.error("spool_not_removed", stream=requeue.name, reason=str(error))
+            return
+        self._log.info("requeue_ended", file=requeue.path.name)
+        self.forget.append(requeue.name)
 
     def _remove(self, stream: Stream, moved: Moved) -> None:
         cut = moved.cut

@@ -8,6 +8,8 @@ gaps, of which only the newest is written. Names:
   .new-<segment name>                          a segment being made; it becomes one by rename, complete and locked
   <segment name>.damaged                       a consumed segment whose end is garbage, more than one torn write leaves
   dead-letter.jsonl                            rows that the store refused for what they hold
+  requeue-<16 hex>.jsonl                       such rows on their way to the store once more (requeue.py)
+  requeue-<16 hex>.jsonl.bad                   lines of one that are no rows
 
 Header (56 bytes, little-endian): magic 8 | version u16 | slot u16 | epoch u32 | nonce u64 | sequence u32 | pid u32 |
   created f64 | carried_from u64 | carried_bytes u32 | CRC-32 u32
@@ -40,7 +42,10 @@ HEADER_BYTES = _HEADER.size + _CRC.size
 NEW_PREFIX = ".new-"
 DAMAGED_SUFFIX = ".damaged"
 DEAD_LETTERS = "dead-letter.jsonl"
+REQUEUE_SUFFIX, BAD_SUFFIX = ".jsonl", ".bad"
 _NAME = re.compile(r"(\d{3,5}-[0-9a-f]{8}-[0-9a-f]{16})-(\d{6,10})\.spool")
+_REQUEUE = re.compile(r"(requeue-[0-9a-f]{16})\.jsonl")
+_REQUEUE_BAD = re.compile(r"requeue-[0-9a-f]{16}\.jsonl\.bad")
 
 
 class SpoolError(Exception):
@@ -116,7 +121,13 @@ def parse_name(name: str) -> tuple[str, int] | None:
 
 def is_ours(name: str) -> bool:
     """True for the files that are no segments and yet belong in the directory."""
-    return name.startswith(NEW_PREFIX) or name.endswith(DAMAGED_SUFFIX) or name == DEAD_LETTERS
+    return (
+        name.startswith(NEW_PREFIX)
+        or name.endswith(DAMAGED_SUFFIX)
+        or name == DEAD_LETTERS
+        or _REQUEUE.fullmatch(name) is not None
+        or _REQUEUE_BAD.fullmatch(name) is not None
+    )
 
 
 def build_header(header: Header) -> bytes:
@@ -134,19 +145,40 @@ def parse_header(data: bytes) -> Header | None:
     return Header(*fields) if version == VERSION else None
 
 
-def list_spool(directory: Path) -> tuple[dict[str, list[int]], list[str]]:
-    """The segments of each stream, ascending, and the names of files that are not ours at all."""
+class Listing(NamedTuple):
+    """What lies in the directory: the segments of each stream, ascending; the names of files that are not ours at all;
+    the streams that are files of dead letters to be stored again."""
+
+    streams: dict[str, list[int]]
+    foreign: list[str]
+    requeues: list[str]
+
+
+def list_files(directory: Path) -> Listing:
+    """Raises OSError."""
     streams: dict[str, list[int]] = {}
     foreign: list[str] = []
+    requeues: list[str] = []
     for name in os.listdir(directory):
         parsed = parse_name(name)
         if parsed is not None:
             streams.setdefault(parsed[0], []).append(parsed[1])
+            continue
+        requeue = _REQUEUE.fullmatch(name)
+        if requeue is not None:
+            requeues.append(requeue[1])
         elif not is_ours(name):
             foreign.append(name)
     for sequences in streams.values():
         sequences.sort()
-    return streams, foreign
+    requeues.sort()
+    return Listing(streams, foreign, requeues)
+
+
+def list_spool(directory: Path) -> tuple[dict[str, list[int]], list[str]]:
+    """The segments of each stream, ascending, and the names of files that are not ours at all."""
+    found = list_files(directory)
+    return found.streams, found.foreign
 
 
 def directory_bytes(directory: Path) -> int:

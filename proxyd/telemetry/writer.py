@@ -42,13 +42,14 @@ from proxyd.clock import SYSTEM, Clock
 from proxyd.shm.beats import State
 from proxyd.store.schema import OpenTransaction, Row, Store, StoreError
 from proxyd.store.sink import make_store
-from proxyd.telemetry.deadletter import append_dead_letters
 from proxyd.telemetry.gather import Gatherer, Group
 from proxyd.telemetry.lock import LOCK_NAME, only_one
 from proxyd.telemetry.reader import interrupted
 from proxyd.telemetry.recovery import remove_leftovers
+from proxyd.telemetry.requeue import is_held
 from proxyd.telemetry.segment import DEAD_LETTERS, ensure_spool_dir, list_spool
 from proxyd.telemetry.spoolio import SpoolLog
+from proxyd.telemetry.tally import Tally
 from proxyd.telemetry.trouble import StoreTrouble, count_left
 
 # An idle node looks at its spool this often: 20 directory listings a second cost 0.1 % of a core; twice doubles a
@@ -116,7 +117,7 @@ class Writer:
     __slots__ = (
         "_clock", "_dead", "_directory", "_drain_until", "_gatherer", "_has_given_up", "_interrupted", "_is_open",
         "_lag", "_log", "_next_gauge", "_next_retention", "_pause_s", "_settings", "_spool_bytes", "_stop",
-        "_store", "_stored", "_trouble",
+        "_store", "_stored", "_tally", "_trouble",
     )  # fmt: skip
 
     def __init__(
@@ -137,6 +138,7 @@ class Writer:
         self._dead = metrics.counter("proxyd_telemetry_rows_total", state="dead")
         self._lag = metrics.histogram("proxyd_telemetry_lag_seconds")
         self._spool_bytes = metrics.gauge("proxyd_telemetry_spool_bytes")
+        self._tally = Tally(metrics, directory)
         self._gatherer = Gatherer(directory, settings.batch_rows, log, clock)
         self._is_open = self._has_given_up = False
         self._trouble = StoreTrouble(metrics, log, clock, enter)
@@ -241,6 +243,7 @@ class Writer:
                         break
                 if group.ended:
                     await self._end_transactions(group)
+                await group.take_requeued(self._store)
                 group.complete()
                 refused = await self._store.commit(group.batch, self._set_aside)
                 is_complete = True
@@ -262,11 +265,12 @@ class Writer:
     async def _end_transactions(self, group: Group) -> None:
         """Adds the rows of the transactions that died with their writers; done once for each ended stream."""
         for stream, _ in group.ended:
+            group.begin(stream.name)
             for txn, opened in list(stream.open.items()):
                 final = interrupted(txn, opened)
                 if final is None:
                     self._log.error("spool_intent_unreadable", stream=stream.name, txn=txn)
-                elif not (stream.is_short and await self._store.holds(Row(*final[1:-1]))):
+                elif not (stream.is_short and await is_held(self._store, Row(*final[1:-1]))):
                     group.batch.rows.append(Row(*final[1:-1]))
                     group.interrupted.append(final.request_id)
                 if stream.end_transaction(txn):
@@ -274,13 +278,12 @@ class Writer:
 
     def _set_aside(self, refused: Sequence[tuple[Row, str]]) -> None:
         """Called in the store's thread while the commit waits for it; a retried commit does not append again."""
-        if refused and not self._gatherer.group.has_set_aside:
-            append_dead_letters(self._directory, refused)
-            self._gatherer.group.has_set_aside = True
+        self._gatherer.group.set_aside(self._directory, refused)
 
     def _on_stored(self, group: Group, refused: int) -> None:
         """Counts, and removes the files that the commit left behind."""
         now = self._clock.wall()
+        self._tally.on_stored(len(group.batch.rows) - refused)
         self._stored.add(len(group.batch.rows) - len(group.interrupted) - refused)
         if group.interrupted:
             self._interrupted.add(len(group.interrupted))
@@ -302,6 +305,7 @@ class Writer:
         if now >= self._next_gauge:
             self._next_gauge = now + GAUGE_S
             self._spool_bytes.set(self._gatherer.waiting_bytes())
+            self._tally.measure(self._gatherer.requeue_bytes())
 
     async def _keep_retention(self) -> None:
         """Deletes one small batch of rows past their retention, once an hour one after the other until none is left."""
