@@ -46,7 +46,7 @@ T = TypeVar("T")
 BUSY_TIMEOUT_S = 1.0
 _SYNCHRONOUS = {"row": "FULL", "second": "FULL", "os": "NORMAL"}
 # "proxd" in ASCII, cut to 32 bits: marks the file as ours for file(1) and for the check below.
-_APPLICATION_ID = 0x70786400
+APPLICATION_ID = 0x70786400
 # S608: the names are constants of this package; values are always parameters.
 _INSERT = f"INSERT INTO sys_ai_transactions ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
 _LARGEST = 2**63 - 1  # SQLite's integers; a row of a user above it is refused, so there is none
@@ -271,7 +271,7 @@ def _ensure_schema(connection: sqlite3.Connection, path: Path) -> None:
                 )
             for statement in SQLITE_DDL:
                 connection.execute(statement)
-            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         _check_version(version or SCHEMA_VERSION, path)
         connection.execute("COMMIT")
