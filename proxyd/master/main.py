@@ -74,7 +74,7 @@ _STATES: dict[NodePhase, State] = {
 @dataclass(frozen=True, slots=True)
 class MasterSpec:
     """Everything a master needs, made by the command line. `region` has a slot per worker, one per other child with
-    beats, and one for the master, in this order; `others` are stopped after the last worker."""
+    beats, and one for the master, in this order. `on_worker_gone`: a slot whose worker is reaped, not yet replaced."""
 
     region: Region
     listeners: Listeners
@@ -87,6 +87,7 @@ class MasterSpec:
     telemetry_timeout_s: float = 60.0  # a commit on a slow disk may hold its loop; killing it then helps nobody
     notifier: Notifier = field(default_factory=lambda: Notifier({}))
     on_ready: Callable[[], None] = lambda: None
+    on_worker_gone: Callable[[int], None] = lambda slot: None
 
 
 class Master:
@@ -245,6 +246,8 @@ class Master:
             has_waited = beat.state is State.WAITING
             beat.death()
             clear_gauges(self._region, slot.number)
+        if slot.is_worker:
+            self._spec.on_worker_gone(slot.number)
         if self._is_draining and code == 0 and not slot.is_worker and slot.phase is not Phase.STOPPING:
             # A TERM to the whole group reached it before ours.
             self._log.info("child_ended", child=slot.spec.name, pid=child.pid, how=_tell(code))
