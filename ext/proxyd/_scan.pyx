@@ -7,7 +7,8 @@ Every pointer stays inside [text, text + length); any input, valid or not, ends 
 The pure twin is ``proxyd/wire/scan.py``; both must agree on every input.
 Cost: about 0.2 us for a 250-byte chunk of a chat completion.
 """
-from libc.string cimport memchr, memcmp
+from libc.stdlib cimport free, realloc
+from libc.string cimport memchr, memcmp, memcpy
 from libc.stdint cimport uint64_t
 from cpython.bytearray cimport PyByteArray_AS_STRING
 
@@ -87,6 +88,24 @@ cdef uint64_t unescaped_length(const unsigned char* start, const unsigned char* 
     return total
 
 
+cdef void take_sample(Sample* sample, const unsigned char* start, Py_ssize_t length) noexcept nogil:
+    """Adds as much of [start, start + length) as there is room for; without memory nothing."""
+    cdef Py_ssize_t room
+    cdef void* grown
+    if length > SAMPLE_BYTES - sample.length:
+        length = SAMPLE_BYTES - sample.length
+    if sample.length + length > sample.room:
+        room = 128 if sample.length + length <= 128 else SAMPLE_BYTES
+        grown = realloc(sample.text, room)
+        if grown == NULL:
+            return
+        sample.text = <unsigned char*> grown
+        sample.room = room
+    if length > 0:
+        memcpy(sample.text + sample.length, start, length)
+        sample.length += length
+
+
 cdef class Watch:
     """What to look for in an event: keys to report, values of `type`/`object` to report, keys whose text is measured.
 
@@ -128,8 +147,9 @@ cdef class Watch:
         self.key_lengths |= (<uint64_t> 1) << len(key)
         self.key_count += 1
 
-    cdef bint scan(self, const unsigned char* text, Py_ssize_t length, uint64_t* text_bytes) noexcept nogil:
-        """True when the event must be reported; adds metered text to `text_bytes[0]`. One pass, no allocation."""
+    cdef bint scan(self, const unsigned char* text, Py_ssize_t length, uint64_t* text_bytes, Sample* sample) noexcept nogil:
+        """True when the event must be reported; adds metered text to `text_bytes[0]`, and to `sample` while there is room
+        (NULL: none is wanted). One pass; nothing is allocated once the sample is full."""
         cdef const unsigned char* at = text
         cdef const unsigned char* end = text + length
         cdef const unsigned char* start
@@ -171,6 +191,8 @@ cdef class Watch:
                     break
                 if kind & METER:
                     text_bytes[0] += unescaped_length(value + 1, value_end)
+                    if sample != NULL and sample.length < SAMPLE_BYTES:
+                        take_sample(sample, value + 1, value_end - value - 1)
                 if kind & TYPED:
                     for j in range(self.value_count):
                         if (self.values[j].length == value_end - value - 1
@@ -187,8 +209,21 @@ TYPE_KEYS = (b"type", b"object")
 def scan(Watch watch not None, bytes data not None):
     """(report, text_bytes) of one event's data; see ``wire/scan.py`` for the rules."""
     cdef uint64_t text_bytes = 0
-    cdef bint report = watch.scan(data, len(data), &text_bytes)
+    cdef bint report = watch.scan(data, len(data), &text_bytes, NULL)
     return bool(report), text_bytes
+
+
+def sample(Watch watch not None, bytes data not None):
+    """The first kilobyte of the text that scan() meters, as it stands between the quotes; it may end in half a character."""
+    cdef uint64_t text_bytes = 0
+    cdef Sample found
+    found.text = NULL
+    found.length = found.room = 0
+    watch.scan(data, len(data), &text_bytes, &found)
+    try:
+        return found.text[:found.length] if found.length else b""
+    finally:
+        free(found.text)
 
 
 def members(bytes data not None, Py_ssize_t most=1001):

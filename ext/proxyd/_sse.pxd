@@ -1,6 +1,6 @@
 # cython: language_level=3
 from libc.stdint cimport uint64_t
-from proxyd._scan cimport Watch
+from proxyd._scan cimport Sample, Watch
 
 cdef struct Span:
     const unsigned char* start
@@ -40,6 +40,7 @@ cdef class Splitter:
     cdef readonly uint64_t events
     cdef readonly uint64_t comments
     cdef uint64_t metered
+    cdef Sample taken           # of the metered text
     cdef readonly bytes last_event_id
     cdef readonly object retry
     cdef readonly bytes tail_data

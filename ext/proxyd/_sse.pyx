@@ -50,6 +50,8 @@ cdef class Splitter:
         self.spent = NULL
         self.orphan = NULL
         self.spans = NULL
+        self.taken.text = NULL
+        self.taken.length = self.taken.room = 0
 
     def __init__(self, on_event, Watch watch=None, Py_ssize_t max_event_bytes=4 * 1024 * 1024,
                  Py_ssize_t hold_bytes=64 * 1024):
@@ -68,6 +70,7 @@ cdef class Splitter:
         free(self.spent)
         free(self.orphan)
         free(self.spans)
+        free(self.taken.text)
 
     @property
     def at_boundary(self):
@@ -76,6 +79,11 @@ cdef class Splitter:
     @property
     def text_bytes(self):
         return self.metered
+
+    @property
+    def sample(self):
+        """The first kilobyte of the metered text as it stands between the quotes; it may end in half a character."""
+        return self.taken.text[:self.taken.length] if self.taken.length else b""
 
     def feed(self, bytes data not None):
         """The bytes that may go downstream now."""
@@ -254,7 +262,7 @@ cdef class Splitter:
                     at += 1
                 if at == size or data[at] != c'{':
                     report = True
-                if self.watch.scan(data, size, &self.metered):
+                if self.watch.scan(data, size, &self.metered, &self.taken):
                     report = True
             if self.name_length == 5 and memcmp(base + self.name_at, b"error", 5) == 0:
                 report = True

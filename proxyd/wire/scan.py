@@ -24,6 +24,9 @@ MAX_KEY_BYTES = 63
 
 TYPE_KEYS = (b"type", b"object")
 
+SAMPLE_BYTES = 1024
+"""Of metered text, kept for counting its tokens. Half is off by more on long texts, twice is memory per stream."""
+
 _INSIDE = rb'[^"\\]*+(?:\\.[^"\\]*+)*+'
 _STRING = re.compile(rb'"(' + _INSIDE + rb')"', re.DOTALL)
 _COLON = re.compile(rb"[ \t\n\r]*+:[ \t\n\r]*+")
@@ -61,11 +64,12 @@ class Watch:
             raise ValueError(f"a watched key has 1 to {MAX_KEY_BYTES} bytes")
 
 
-def scan(watch: Watch, data: bytes) -> tuple[bool, int]:
+def scan(watch: Watch, data: bytes, sample: bytearray | None = None) -> tuple[bool, int]:
     """(report, text_bytes): does the event matter, and the UTF-8 length of the measured values once unescaped.
 
     A string whose next byte that is not space is `:` is a key, at any depth. A reported key whose value starts with
     `null` does not count. A measured or typed value is consumed with its key; an unterminated string ends the scan.
+    `sample` gets the measured text as it stands between the quotes, until it has SAMPLE_BYTES.
     """
     report = False
     text_bytes = 0
@@ -90,10 +94,20 @@ def scan(watch: Watch, data: bytes) -> tuple[bool, int]:
                 break
             if measured:
                 text_bytes += unescaped_length(value[1])
+                if sample is not None:
+                    sample += value[1][: SAMPLE_BYTES - len(sample)]
             if typed and value[1] in watch.type_values:
                 report = True
             at = value.end()
     return report, text_bytes
+
+
+def sample(watch: Watch, data: bytes) -> bytes:
+    """The first kilobyte of the text that scan() meters, as it stands between the quotes; it may end in half a
+    character."""
+    found = bytearray()
+    scan(watch, data, found)
+    return bytes(found)
 
 
 def unescaped_length(raw: bytes) -> int:

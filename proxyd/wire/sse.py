@@ -54,7 +54,7 @@ class Splitter:
 
     __slots__ = (
         "_block_comments", "_data", "_error", "_event_name", "_fields_seen", "_first_line", "_held", "_id", "_line",
-        "_line_bytes", "_line_is_comment", "_on_event", "_out", "_pending_cr", "_released", "_unit_bytes",
+        "_line_bytes", "_line_is_comment", "_on_event", "_out", "_pending_cr", "_released", "_sample", "_unit_bytes",
         "comments", "events", "hold_bytes", "last_event_id", "max_event_bytes", "retry", "tail_data", "text_bytes",
         "watch",
     )
@@ -73,6 +73,7 @@ class Splitter:
         self.events = 0
         self.comments = 0
         self.text_bytes = 0
+        self._sample = bytearray()
         self.last_event_id = b""
         self.retry: int | None = None
         self.tail_data: bytes | None = None
@@ -86,6 +87,11 @@ class Splitter:
     def at_boundary(self) -> bool:
         """Has no byte of an unfinished unit been released? Then a heartbeat or an error event may be inserted."""
         return not self._released
+
+    @property
+    def sample(self) -> bytes:
+        """The first kilobyte of the metered text as it stands between the quotes; it may end in half a character."""
+        return bytes(self._sample)
 
     def feed(self, data: bytes) -> bytes:
         """The bytes that may go downstream now."""
@@ -260,7 +266,7 @@ class Splitter:
                 flags |= FLAG_DONE
                 report = True
             elif self.watch is not None:
-                found, text_bytes = scan(self.watch, data)
+                found, text_bytes = scan(self.watch, data, self._sample)
                 self.text_bytes += text_bytes
                 report = report or found or not data.lstrip(b" ").startswith(b"{")
             report = report or self._event_name == b"error"

@@ -69,13 +69,13 @@ def test_grammar_cases_give_the_same_events_and_bytes_under_every_cut(case: Case
 )
 def test_provider_streams_give_the_same_counts_and_bytes_under_every_cut(case: Case, build: str) -> None:
     splitter, _, reported = run(SPLITTERS[build], [case.body], WATCHES[build])
-    facts = (splitter.comments, splitter.text_bytes, splitter.tail_data)
+    facts = (splitter.comments, splitter.text_bytes, splitter.sample, splitter.tail_data)
     for label, pieces in cuts(case.body):
         splitter, out, events = run(SPLITTERS[build], pieces, WATCHES[build])
         assert out == case.body, label
         assert splitter.events == case.expected["sse"]["dispatched_events"], label
         assert events == reported, label
-        assert (splitter.comments, splitter.text_bytes, splitter.tail_data) == facts, label
+        assert (splitter.comments, splitter.text_bytes, splitter.sample, splitter.tail_data) == facts, label
 
 
 @pytest.mark.parametrize("build", SPLITTERS)

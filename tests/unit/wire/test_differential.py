@@ -53,6 +53,7 @@ def record(
         "calls": calls,
         "events": splitter.events,
         "text_bytes": splitter.text_bytes,
+        "sample": splitter.sample,
         "last_event_id": splitter.last_event_id,
         "tail_data": splitter.tail_data,
         # What an oversize block says in its unread part is looked at or not, as the cut has it.

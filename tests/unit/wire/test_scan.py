@@ -133,9 +133,25 @@ def test_measured_text_agrees_with_orjson(text: str) -> None:
     assert compiled.scan(compiled.Watch(*WATCH), data) == expected
 
 
+@pytest.mark.parametrize(
+    ("data", "kept"),
+    [
+        (b'{"x":"a","delta":{"content" : "b\\n\\u00e9"},"text":"c"}', b"b\\n\\u00e9c"),
+        (b'{"content":null,"text":"","usage":"d"}', b""),
+        (b'{"content":"abc","text":"d', b"abc"),
+        (b'{"content":"' + b"a" * 1000 + b'","text":"' + b"b" * 50 + b'","content":"c"}', b"a" * 1000 + b"b" * 24),
+        (b'{"content":"' + b"a" * 5000 + b'"}', b"a" * 1024),
+        (b"", b""),
+    ],
+)
+def test_a_kilobyte_of_the_measured_text_is_kept_as_it_stands(build: Any, data: bytes, kept: bytes) -> None:
+    assert build.sample(build.Watch(*WATCH), data) == kept
+
+
 @settings(max_examples=1500, deadline=None)
 @given(SOUP)
 def test_both_builds_agree_on_any_bytes(data: bytes) -> None:
+    assert pure.sample(pure.Watch(*WATCH), data) == compiled.sample(compiled.Watch(*WATCH), data)
     assert pure.scan(pure.Watch(*WATCH), data) == compiled.scan(compiled.Watch(*WATCH), data)
     spans = compiled.members(data)
     assert pure.members(data) == spans

@@ -185,6 +185,27 @@ def test_an_oversize_event_is_reported_unread_and_forwarded_under_every_cut(buil
             assert splitter.text_bytes == (2 if size > 32 else 2 + size - 22), (size, label)
 
 
+def test_the_first_kilobyte_of_the_metered_text_is_kept_under_every_cut(build: Build) -> None:
+    texts = [b"role", b"Gr\\u00fc", "\N{PARTY POPPER}".encode(), b"", b"x" * 990, b"y" * 200]
+    body = b"".join(b'data: {"usage":null,"content":"%b","x":"-"}\n\n' % text for text in texts)
+    for label, pieces in cuts(body):
+        splitter, _, _ = build.run(pieces, watch=([], [], [b"content"]))
+        assert splitter.sample == b"".join(texts)[:1024], label
+    splitter, _, _ = build.run([b'data: {"content":"a"}\n\n'])
+    assert splitter.sample == b"", "nothing is metered without a watch"
+
+
+def test_a_sample_outlives_what_ends_the_stream(build: Build) -> None:
+    for end in ("finish", "discard"):
+        splitter = build.splitter(lambda name, data, flags: None, watch=([], [], [b"content"]))
+        assert splitter.sample == b""
+        for _ in range(200):
+            splitter.feed(b'data: {"content":"abcdefg"}\n\n')
+        splitter.feed(b'data: {"content":"cut')
+        getattr(splitter, end)()
+        assert splitter.sample == (b"abcdefg" * 200)[:1024]
+
+
 def test_the_id_and_error_field_of_an_oversize_event_are_ignored(build: Build) -> None:
     body = b"id: 1\n\nid: 2\nerror: x\ndata: " + b"x" * 40 + b"\ndata: y\n\n"
     for label, pieces in cuts(body):
