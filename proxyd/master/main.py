@@ -111,8 +111,7 @@ class Master:
         self._phase = NodePhase.STARTING
         self._exit_code = 0
         self._deadline = 0.0
-        self._checked_at = 0.0
-        self._pinged_at = 0.0
+        self._checked_at = self._pinged_at = 0.0
         self._title = ""
 
     def run(self) -> int:
