@@ -40,6 +40,7 @@ COMPILED: dict[str, tuple[int, frozenset[str] | None]] = {
     "_sse": (0, None),
     "_shm": (0, None),
     "_frame": (0, None),
+    "_ledger": (0, frozenset({"shm", "access", "telemetry", "worker"})),
     "_bpe": (0, None),
     "_relay": (4, frozenset({"relay"})),
 }

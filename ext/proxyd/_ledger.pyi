@@ -1,0 +1,134 @@
+from typing import Final, NamedTuple
+
+from typing_extensions import Buffer
+
+PERMITS_MAX: Final[int]
+TICK_MS: Final[int]
+WINDOW_TICKS: Final[int]
+
+class Standing(NamedTuple):
+    """What the store said: `base` tokens beside those settled here, read at `at_ms` (CLOCK_MONOTONIC); `free_at`: the
+    wall second at which the window's sum falls below its ceiling, 0 when unknown or below."""
+
+    base: int
+    at_ms: int
+    free_at: int
+
+class Sums(NamedTuple):
+    """Of one user over all slots, each slot read in this order, so that a token that moves is never missed."""
+
+    held: int
+    running: int
+    settled: int
+
+class Account:
+    """One user's row. `find` gives one that cannot `add`."""
+
+    @property
+    def user_id(self) -> int: ...
+    @property
+    def row(self) -> int:
+        """Where it lives: the same in every process of the node; private accounts begin at 0 again."""
+    @property
+    def is_shared(self) -> bool:
+        """False: the table was full, only this process sees it, and telemetry does not find it."""
+    @property
+    def held(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def settled(self) -> int: ...
+    @property
+    def settled_at(self) -> int:
+        """Monotonic ms of the last settle of any worker; 0: none yet."""
+    def sums(self) -> Sums: ...
+    def add(self, held: int = 0, running: int = 0, settled: int = 0, at_ms: int = 0) -> None:
+        """Deltas to this slot's words. at_ms: when, for `settled_at`; 0 reads CLOCK_MONOTONIC."""
+
+    # telemetry alone writes these
+    @property
+    def stored(self) -> int: ...
+    def add_stored(self, n: int) -> None: ...
+    def heal(self) -> None:
+        """stored = settled."""
+    @property
+    def window(self) -> Standing | None:
+        """None: never read."""
+    def set_window(self, base: int, at_ms: int, free_at: int) -> None: ...
+    def token(self, iat: int) -> Standing | None:
+        """None: never read, or pushed out by four newer ones."""
+    def set_token(self, iat: int, base: int, at_ms: int) -> None: ...
+
+    # anybody
+    @property
+    def average_completion(self) -> int | None: ...
+    def learn_completion(self, tokens: int) -> None: ...
+
+class Window:
+    """What a tenant did in the last 60 s. now_ms: CLOCK_MONOTONIC."""
+
+    def try_add(self, n: int, limit: int, now_ms: int) -> bool:
+        """Adds n (>= 0) if it fits, or if the window is empty. limit > 0."""
+    def add(self, n: int, now_ms: int) -> None:
+        """n > 0: whatever the limit. n < 0: gives back what was added with this now_ms, as far as it still counts."""
+    def total(self, now_ms: int) -> int: ...
+    def wait_ms(self, n: int, limit: int, now_ms: int) -> int:
+        """How long until try_add(n, limit) succeeds if nobody else comes; 0: now."""
+
+class Tenant:
+    @property
+    def row(self) -> int: ...
+    @property
+    def is_shared(self) -> bool:
+        """False: the table was full and this row is that of all tenants who came too late."""
+    @property
+    def requests(self) -> Window: ...
+    @property
+    def tokens(self) -> Window: ...
+    def acquire(self, limit: int, now_s: int) -> int:
+        """A permit (>= 0), or -1 when `limit` are taken. Above PERMITS_MAX, or what the table was made for, the
+        limit counts as that. now_s: CLOCK_MONOTONIC."""
+    def release(self, permit: int) -> None:
+        """Once for each permit; one that is not this process's any more is left alone."""
+    def in_use(self, limit: int) -> int:
+        """Permits below `limit` that are taken."""
+    def oldest_start(self, limit: int) -> int:
+        """The `now_s` of the oldest of them; 0: none."""
+    @property
+    def average_tokens(self) -> int | None: ...
+    def learn_tokens(self, n: int) -> None: ...
+    @property
+    def average_ms(self) -> int | None: ...
+    def learn_ms(self, n: int) -> None: ...
+
+class Table:
+    def __init__(
+        self, buffer: Buffer, slots: int, users: int, tenants: int, permits: int, is_shared: bool = True
+    ) -> None: ...
+    @staticmethod
+    def measure(slots: int, users: int, tenants: int, permits: int) -> int:
+        """Bytes of a table."""
+    @property
+    def users(self) -> int:
+        """Rows that are taken: one a user, and at most one a worker that lost a race or died in one."""
+    @property
+    def tenants(self) -> int: ...
+    @property
+    def overflow(self) -> int: ...
+    def count_overflow(self) -> None: ...
+    def find(self, user_id: int) -> Account | None: ...
+    def reclaim(self, slot: int) -> int: ...
+    def totals(self) -> tuple[int, int, int]:
+        """(held, running, permits)."""
+
+class Writer:
+    """One slot's process: it alone may use it, and only after the fork."""
+
+    def __init__(self, table: Table, slot: int, epoch: int) -> None: ...
+    @property
+    def taken(self) -> int:
+        """Rows of the table that are taken."""
+    def account(self, user_id: int) -> Account | None:
+        """The user's row, made when there is none; None: the table is full."""
+    def tenant(self, key: int) -> Tenant:
+        """The row of a 64-bit key, or the overflow row."""

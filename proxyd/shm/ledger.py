@@ -1,0 +1,140 @@
+"""The node's ledger: what users hold and have spent, tenants' windows and permits, in memory that all workers share.
+
+Owns the mapping, its size, and what becomes of users and tenants that found no room. Must not know quotas, limits or
+the store: they are arguments, or numbers that others put here (ext _ledger: layout and atomic steps).
+
+    master: Ledger.create(slots) ... fork ... reclaim(slot) when a worker is reaped, before its successor is forked
+    worker: ledger.at(slot, epoch) after the fork -> account(user_id), tenant(name)
+    telemetry: ledger.find(user_id)
+
+Invariants: nothing here waits for another process, whatever state it died in. Rows are never freed: the memory that is
+in use grows with the users and tenants that were seen since the node started, not with the mapping.
+Bounds: `users` rows; one user more has a row in a table of this process alone, which telemetry does not see and which
+starts anew when it is full, too. `tenants` rows; all tenants beyond share one, its limits included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from typing import NamedTuple
+
+from proxyd._ledger import PERMITS_MAX, Account, Standing, Sums, Table, Tenant, Window, Writer
+
+__all__ = ["Account", "Ledger", "SlotLedger", "Standing", "Sums", "Tenant", "Totals", "Window"]
+
+USERS = 131_072
+TENANTS = 4_096
+# Half of the address space that the ledger may take, for each of its two parts. Untouched pages cost nothing, so
+# this bounds what `ps` shows, not memory; 122 slots still have all rows, 4,096 slots have 4,000.
+_PART_BYTES = 512 << 20
+_TENANTS_LEAST = 256
+_PERMITS_LEAST = 1_024  # a reload may bring a limit where there was none
+_PRIVATE_USERS = 65_536  # 15 MB of this process's own when full
+_NAMES = 8_192  # tenants that a process knows by name; looked up anew beyond, for 2 us
+_MAP_NORESERVE = 0x4000  # Linux; the mmap module names it from 3.13 on
+
+
+class Totals(NamedTuple):
+    """The whole table. `users`, `tenants`: rows in use. `overflow`: how often a user or tenant found no room."""
+
+    users: int
+    tenants: int
+    held: int
+    running: int
+    permits: int
+    overflow: int
+
+
+class Ledger:
+    """The mapping, as the master makes it and every process of the node has it."""
+
+    __slots__ = ("_table",)
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    @classmethod
+    def create(cls, slots: int, *, permits: int = 0, users: int = USERS, tenants: int = TENANTS) -> Ledger:
+        """`slots` workers; `permits`: the largest concurrent_streams of any tenant. Fewer rows than asked for when
+        rows are very large. Errors: ValueError for counts out of range, OSError when there is no memory."""
+        permits = min(max(permits, _PERMITS_LEAST), PERMITS_MAX)
+        users = max(1, min(users, _PART_BYTES // (192 + 32 * slots)))
+        tenants = max(min(tenants, _TENANTS_LEAST), min(tenants, _PART_BYTES // (4_224 + 8 * permits)))
+        size = Table.measure(slots, users, tenants, permits)
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        return cls(Table(memory, slots, users, tenants, permits))
+
+    def at(self, slot: int, epoch: int) -> SlotLedger:
+        """What the worker of `slot` writes through. Call it in that worker, once: it keeps state of its own."""
+        return SlotLedger(self._table, slot, epoch)
+
+    def reclaim(self, slot: int) -> int:
+        """Frees what a dead worker held; the number of permits. Called by the master after reaping it and before
+        forking its successor: both write the same words."""
+        return self._table.reclaim(slot)
+
+    def find(self, user_id: int) -> Account | None:
+        """The user's row if it was ever seen. Its `add` is not for use."""
+        return self._table.find(user_id)
+
+    def totals(self) -> Totals:
+        """A walk over the rows in use: for status and tests. Each number is right by itself."""
+        table = self._table
+        held, running, permits = table.totals()
+        return Totals(table.users, table.tenants, held, running, permits, table.overflow)
+
+
+class SlotLedger:
+    """One worker's hand on the ledger."""
+
+    __slots__ = ("_private", "_table", "_tenants", "_writer")
+
+    def __init__(self, table: Table, slot: int, epoch: int) -> None:
+        self._table = table
+        self._writer = Writer(table, slot, epoch)
+        self._private: Writer | None = None
+        self._tenants: dict[str, Tenant] = {}
+
+    def account(self, user_id: int) -> Account:
+        """The user's row; a private one (`is_shared` false) when the table is full. user_id: below 2^64."""
+        account = self._writer.account(user_id)
+        return self._alone(user_id) if account is None else account
+
+    def tenant(self, name: str) -> Tenant:
+        """The tenant's row; that of all late-comers (`is_shared` false) when the table is full."""
+        tenant = self._tenants.get(name)
+        if tenant is None:
+            tenant = self._writer.tenant(_key(name))
+            if not tenant.is_shared:
+                self._table.count_overflow()
+            if len(self._tenants) >= _NAMES:
+                self._tenants.clear()  # what is under way keeps its Tenant
+            self._tenants[name] = tenant
+        return tenant
+
+    def _alone(self, user_id: int) -> Account:
+        if self._private is None:
+            self._private = _private_writer()
+        before = self._private.taken
+        account = self._private.account(user_id)
+        if account is None:
+            self._private = _private_writer()
+            before = 0
+            account = self._private.account(user_id)
+            assert account is not None
+        if self._private.taken > before:
+            self._table.count_overflow()
+        return account
+
+
+def _private_writer() -> Writer:
+    size = Table.measure(1, _PRIVATE_USERS, 1, 0)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    return Writer(Table(memory, 1, _PRIVATE_USERS, 1, 0, is_shared=False), 0, 0)
+
+
+def _key(name: str) -> int:
+    """64 bits that are the same in every process; surrogates of a hostile name are no error."""
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
