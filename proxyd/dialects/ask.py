@@ -9,7 +9,7 @@ counts would meter one model and bill another).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, NoReturn
 
@@ -64,11 +64,11 @@ class Route(StrEnum):
 # The members we read, thus check and want once.
 _READ: dict[Route, tuple[str, ...]] = {
     Route.STREAM: ("prompt", "messages", "model", "system", "max_tokens", "temperature"),
-    Route.CHAT: ("model", "stream", "stream_options", "n", "messages"),
-    Route.COMPLETIONS: ("model", "stream", "stream_options", "n", "prompt"),
-    Route.RESPONSES: ("model", "stream", "input", "instructions"),
+    Route.CHAT: ("model", "stream", "stream_options", "n", "messages", "max_tokens", "max_completion_tokens"),
+    Route.COMPLETIONS: ("model", "stream", "stream_options", "n", "prompt", "max_tokens"),
+    Route.RESPONSES: ("model", "stream", "input", "instructions", "max_output_tokens"),
     Route.EMBEDDINGS: ("model", "input"),
-    Route.MESSAGES: ("model", "stream", "messages", "system"),
+    Route.MESSAGES: ("model", "stream", "messages", "system", "max_tokens"),
     Route.COUNT_TOKENS: ("model", "messages", "system"),
 }
 
@@ -76,13 +76,13 @@ _READ: dict[Route, tuple[str, ...]] = {
 @dataclass(frozen=True, slots=True)
 class Ask:
     """A request body, read. `model` is None only on STREAM: then the first configured model answers. `document` is
-    whole only there; of a native body it holds what is read later."""
+    whole only there; of a native body it holds what is read later. A repr shows nothing of the prompt."""
 
     route: Route
     model: str | None
     stream: bool
-    body: bytes
-    document: dict[str, Any]
+    body: bytes = field(repr=False)
+    document: dict[str, Any] = field(repr=False)
     prompt_text_bytes: int
     asked_usage: bool
     max_tokens: int | None = None
@@ -106,7 +106,7 @@ class Outgoing:
     translating."""
 
     path: str
-    body: bytes
+    body: bytes = field(repr=False)
     injected: bool
     translate: bool
 

@@ -126,6 +126,12 @@ def test_the_prompt_is_measured_for_estimates(route: Route, document: dict[str, 
     assert parse_ask(route, orjson.dumps({"model": "m", **document})).prompt_text_bytes == size
 
 
+def test_nothing_of_a_prompt_is_in_a_repr() -> None:
+    body = b'{"model":"m","messages":[{"role":"user","content":"secret words"}],"prompt":"secret"}'
+    ask = parse_ask(Route.CHAT, body)
+    assert "secret" not in repr(ask) + repr(build(ask, "openai", "", True))
+
+
 # --- injecting ---------------------------------------------------------------------------------------------------
 
 ON = '{"include_usage":true}'
