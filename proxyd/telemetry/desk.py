@@ -25,12 +25,12 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from proxyd.clock import Clock
-from proxyd.store.schema import Store
+from proxyd.store.schema import Row, Store
 from proxyd.telemetry.questions import QUESTION_BYTES, Question, pack_answer, unpack_question
 
 __all__ = ["Accounts", "Ceiling", "Desk"]
@@ -78,7 +78,7 @@ class _Entry:
 
 
 class Desk:
-    """One a telemetry process. `ends`: its ends of the channel, by slot; `wake` ends the writer's sleep."""
+    """One a telemetry process. `ends`: its ends of the channel, by slot."""
 
     __slots__ = ("_accounts", "_ceiling", "_clock", "_ends", "_is_closed", "_loop", "_queue", "_wake", "is_failing")
 
@@ -88,18 +88,19 @@ class Desk:
         accounts: Accounts,
         ceiling: Ceiling,
         clock: Clock,
-        wake: Callable[[], None] = lambda: None,
     ) -> None:
-        self._ends, self._accounts, self._ceiling, self._clock, self._wake = ends, accounts, ceiling, clock, wake
+        self._ends, self._accounts, self._ceiling, self._clock = ends, accounts, ceiling, clock
+        self._wake: Callable[[], None] = lambda: None
         self._queue: dict[_Key, _Entry] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
         # True while the store fails: no question is worth its wait then.
         self.is_failing = False
 
-    def open(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begins to listen. What lies in the sockets was asked of a predecessor, and its askers have given up."""
-        self._loop = loop
+    def open(self, loop: asyncio.AbstractEventLoop, wake: Callable[[], None]) -> None:
+        """Begins to listen; `wake` is called when there is something to serve. What lies in the sockets now was asked
+        of a predecessor, and its askers have given up."""
+        self._loop, self._wake = loop, wake
         for slot, end in enumerate(self._ends):
             while self._receive(end):
                 pass
@@ -130,6 +131,16 @@ class Desk:
         """The store fails: no to all that wait and all that come, until it is told to work again."""
         self.is_failing = True
         self.refuse_all()
+
+    def count_stored(self, rows: Iterable[Row]) -> None:
+        """These rows of this node are committed: what they cost is in the store's sums from now on."""
+        tokens: dict[int, int] = {}
+        for row in rows:
+            tokens[row.user_id] = tokens.get(row.user_id, 0) + row.prompt_tokens + row.completion_tokens
+        for user_id, count in tokens.items():
+            account = self._accounts.find(user_id)
+            if account is not None:
+                account.add_stored(count)
 
     async def serve(self, store: Store, is_quiet: bool) -> None:
         """Answers what waits, oldest first, for SERVE_S. `is_quiet`: nothing waits in the spool or in a group.

@@ -17,7 +17,7 @@ from proxyd.telemetry.record import Kind
 from proxyd.telemetry.segment import directory_bytes, list_spool
 from proxyd.telemetry.spoolio import SpoolLog
 
-__all__ = ["RETRY_MAX_S", "RETRY_MIN_S", "StoreTrouble", "count_left"]
+__all__ = ["RETRY_MAX_S", "RETRY_MIN_S", "StoreTrouble", "count_left", "tell_left"]
 
 RETRY_MIN_S = 0.05
 RETRY_MAX_S = 5.0
@@ -101,6 +101,22 @@ def count_left(directory: Path, known: Mapping[str, Stream]) -> tuple[int | None
                 count += frame.kind == Kind.FINAL
             reader.close()
     return count, size
+
+
+def tell_left(directory: Path, known: Mapping[str, Stream], gathered: int, log: SpoolLog) -> None:
+    """The last word of a stop while the store fails. `gathered` rows are read and not stored."""
+    try:
+        records, size = count_left(directory, known)
+    except OSError as error:
+        log.error("spool_unreadable", directory=str(directory), reason=str(error))
+        return
+    log.error(
+        "rows_left_in_spool",
+        records=None if records is None else records + gathered,
+        bytes=size,
+        directory=str(directory),
+        detail="the next start stores them, once the store works",
+    )
 
 
 def _plain(reason: str) -> str:

@@ -1,7 +1,9 @@
 """The telemetry process: reads every spool stream and stores groups of rows, each exactly once.
 
-Owns: when a group is due, the order commit -> remove files -> forget, retries, retention, the end. Must not know:
-HTTP, workers, which database it is; reading the spool is gather.py's.
+Owns: when a group is due, the order commit -> remove files -> forget, retries, the end. Must not know: HTTP, workers,
+which database it is; reading the spool is gather.py's, the workers' questions are desk.py's.
+
+    step: gather, commit when due -> questions -> one batch of retention -> sleep -> step ...
 
 Exactly once. Let a stream's cursor be the position recorded in the store.
 1. A group holds the finals of every record between each stream's recorded cursor and its new one, and the new cursors;
@@ -25,6 +27,12 @@ Exactly once. Let a stream's cursor be the position recorded in the store.
 8. Power loss may leave less of a segment than was read and stored. Then a final may be gone whose row is there, so each
    transaction that looks open is first looked up by user, second and request id.
 
+All of it is one task: a question is answered, and the ledger written, while no commit is in flight.
+
+When. A group is due `linger` after its first row was accepted, in a worker, so a row waits for that and for two commits
+at most: one in flight when it came, and its own. Until then nobody looks; what came meanwhile is read when the group is
+due. An idle writer is woken by the kernel (wake.py).
+
 Bounds: a group holds `batch_rows` finals, waits `linger` for company; while the store fails exactly one group is in
 memory and the spool grows instead; retries back off (trouble.py), also in a stop; a stop drains for at most DRAIN_S.
 """
@@ -42,30 +50,33 @@ from proxyd.clock import SYSTEM, Clock
 from proxyd.shm.beats import State
 from proxyd.store.schema import OpenTransaction, Row, Store, StoreError
 from proxyd.store.sink import make_store
-from proxyd.telemetry.gather import Gatherer, Group
+from proxyd.telemetry.committed import Committed
+from proxyd.telemetry.desk import Accounts, Ceiling, Desk
+from proxyd.telemetry.gather import PROBE_S, Gatherer, Group
 from proxyd.telemetry.lock import LOCK_NAME, only_one
+from proxyd.telemetry.questions import Channel
 from proxyd.telemetry.reader import interrupted
 from proxyd.telemetry.recovery import remove_leftovers
 from proxyd.telemetry.requeue import is_held
+from proxyd.telemetry.retention import Retention
 from proxyd.telemetry.segment import DEAD_LETTERS, ensure_spool_dir, list_spool
 from proxyd.telemetry.spoolio import SpoolLog
 from proxyd.telemetry.tally import Tally
-from proxyd.telemetry.trouble import StoreTrouble, count_left
+from proxyd.telemetry.trouble import StoreTrouble, tell_left
+from proxyd.telemetry.wake import Sleeper
 
-# An idle node looks at its spool this often: 20 directory listings a second cost 0.1 % of a core; twice doubles a
-# row's delay.
+# Where the kernel tells of no writes, an idle node looks at its spool this often: 20 directory listings a second cost
+# 0.3 % of a core; twice doubles a row's delay.
 IDLE_MAX_S = 0.05
-POLL_MIN_S = 0.005  # right after something came
+# Where it does: as often as a dead writer is looked for.
+IDLE_WATCHED_S = PROBE_S
+# Between two looks after one that found no row; and in a stop. Half: checkpoints of many streams keep a core busy.
+POLL_MIN_S = 0.005
+# The longest time between two looks while a group waits for company: it may be full long before a linger of seconds.
+GATHER_MAX_S = 0.05
 # How long a stop waits for live writers to close and for the store. The master kills after more than that.
 DRAIN_S = 5.0
 GAUGE_S = 1.0
-RETENTION_EVERY_S = 3600.0
-RETENTION_RETRY_S = 60.0
-# Rows deleted at once: one short transaction between two groups. Ten times more would delay a group by tens of
-# milliseconds.
-RETENTION_ROWS = 500
-# Of one line in the log; a worker that died may have had thousands, and their rows name them all.
-REQUEST_IDS_TOLD = 20
 
 
 class Metrics(Protocol):
@@ -84,6 +95,7 @@ class Settings:
     batch_rows: int
     retention_s: float
     drain_s: float = DRAIN_S
+    started_at: float = 0.0  # wall seconds of the node's start: rows accepted before are not in its ledger
 
 
 async def run(
@@ -96,28 +108,38 @@ async def run(
     clock: Clock = SYSTEM,
     drain_s: float = DRAIN_S,
     enter: Callable[[State], None] = lambda state: None,
+    ledger: Accounts | None = None,
+    questions: Channel | None = None,
+    started_at: float = 0.0,
 ) -> None:
     """The telemetry process's life: returns when `stop` is set and all closed streams are stored, or `drain_s` later.
 
-    `enter` is told what status shows of the process: waiting for another's lock, failing, ready.
+    `enter` is told what status shows of the process: waiting for another's lock, failing, ready. `ledger` (the node's
+    shm.ledger.Ledger), `questions` (the node's Channel) and `started_at` (region.started_at) belong together: without
+    them nobody is told what users have spent.
     Raises SpoolError when server.state_dir is missing or not ours; nothing else that the disk or the database does
     ends it.
     """
     directory = ensure_spool_dir(config.server.state_dir)
-    settings = Settings(config.telemetry.linger, config.telemetry.batch_rows, config.telemetry.retention, drain_s)
+    telemetry = config.telemetry
+    settings = Settings(telemetry.linger, telemetry.batch_rows, telemetry.retention, drain_s, started_at)
     async with only_one(Path(config.server.state_dir) / LOCK_NAME, stop, log, clock, enter) as is_ours:
         if is_ours:
-            store = make_store(config.telemetry.sink, config.telemetry.durability)
-            await Writer(directory, store, settings, metrics, log, stop, clock, enter).serve()
+            store = make_store(telemetry.sink, telemetry.durability)
+            desk = None
+            if ledger is not None and questions is not None:
+                ceiling = Ceiling(config.quota.tokens, config.quota.window)
+                desk = Desk(questions.keep_answering(), ledger, ceiling, clock)
+            await Writer(directory, store, settings, metrics, log, stop, clock, enter, desk).serve()
 
 
 class Writer:
     """Gathers and stores. One instance a process, under the lock."""
 
     __slots__ = (
-        "_clock", "_dead", "_directory", "_drain_until", "_gatherer", "_has_given_up", "_interrupted", "_is_open",
-        "_lag", "_log", "_next_gauge", "_next_retention", "_pause_s", "_settings", "_spool_bytes", "_stop",
-        "_store", "_stored", "_tally", "_trouble",
+        "_clock", "_committed", "_desk", "_directory", "_drain_until", "_gatherer", "_has_given_up", "_has_stored",
+        "_is_open", "_is_quiet", "_log", "_next_gauge", "_pause_s", "_poll_s", "_refused", "_retention",
+        "_settings", "_spool_bytes", "_stop", "_store", "_tally", "_trouble",
     )  # fmt: skip
 
     def __init__(
@@ -130,42 +152,52 @@ class Writer:
         stop: asyncio.Event,
         clock: Clock = SYSTEM,
         enter: Callable[[State], None] = lambda state: None,
+        desk: Desk | None = None,
     ) -> None:
         self._directory, self._store, self._settings = directory, store, settings
         self._log, self._stop, self._clock = log, stop, clock
-        self._stored = metrics.counter("proxyd_telemetry_rows_total", state="stored")
-        self._interrupted = metrics.counter("proxyd_telemetry_rows_total", state="interrupted")
-        self._dead = metrics.counter("proxyd_telemetry_rows_total", state="dead")
-        self._lag = metrics.histogram("proxyd_telemetry_lag_seconds")
         self._spool_bytes = metrics.gauge("proxyd_telemetry_spool_bytes")
         self._tally = Tally(metrics, directory)
+        self._committed = Committed(
+            metrics, self._tally, desk, settings.started_at, directory / DEAD_LETTERS, log, clock
+        )
         self._gatherer = Gatherer(directory, settings.batch_rows, log, clock)
+        self._desk = desk
+        self._retention = Retention(settings.retention_s, log, clock)
+        # Of the last step: whether it stored a group; whether it found nothing and nothing waits.
+        self._has_stored = self._is_quiet = False
+        self._refused: set[int] = set()  # rows that the last try of a commit set aside, by id()
         self._is_open = self._has_given_up = False
         self._trouble = StoreTrouble(metrics, log, clock, enter)
         self._pause_s: float | None = None
         self._drain_until: float | None = None
         self._next_gauge = 0.0
-        self._next_retention = clock.monotonic() + RETENTION_RETRY_S
+        self._poll_s = POLL_MIN_S
 
     async def serve(self) -> None:
         """Recovers, then gathers and stores until told to stop and drained."""
         removed = remove_leftovers(self._directory, self._clock.wall())
         if removed:
             self._log.info("spool_leftovers_removed", files=removed)
+        sleeper = Sleeper(self._directory, self._stop)
+        if self._desk is not None:
+            self._desk.open(asyncio.get_running_loop(), sleeper.wake)
         try:
             while not await self.recover():
                 if not await self._pause_after_failure():
                     return
-            delay = POLL_MIN_S
             while True:
                 is_idle = await self.step()
                 if self._has_given_up or self._is_out_of_time() or (is_idle and self._is_drained()):
                     return
                 self._measure()
-                await self._keep_retention()
-                delay = min(delay * 2, IDLE_MAX_S) if is_idle else POLL_MIN_S
-                await self._sleep(self._wait(delay) if is_idle or self._gatherer.group.since is not None else 0.0)
+                if not await self.attend():
+                    return
+                await sleeper.sleep(self._wait(is_idle, sleeper))
         finally:
+            sleeper.close()
+            if self._desk is not None:
+                self._desk.close()
             self._gatherer.close()
             with contextlib.suppress(StoreError):
                 await self._store.close()
@@ -177,10 +209,32 @@ class Writer:
         except OSError as error:
             self._log.error("spool_unreadable", directory=str(self._directory), reason=str(error))
             is_idle = True
-        if self._is_due():
+            self._is_quiet = False
+        else:
+            self._is_quiet = is_idle and self._gatherer.group.since is None
+        self._has_stored = self._is_due()
+        if self._has_stored:
             self._has_given_up = not await self._store_group()
             is_idle = False
         return is_idle
+
+    async def attend(self) -> bool:
+        """What is done between two groups: answers, a batch of retention. False when told to stop while the store
+        fails."""
+        while True:
+            try:
+                if not self._is_open:  # now: questions would have no answer until the next group
+                    await self._open_store()
+                    self._on_works()
+                if self._desk is not None and self._desk.waiting:
+                    await self._desk.serve(self._store, self._is_quiet)
+                if self._stop.is_set() or await self._retention.maybe_delete(self._store):
+                    return True
+                self._is_open = False
+            except StoreError as error:
+                self._on_failure(error)
+                if not await self._pause_after_failure():
+                    return False
 
     async def recover(self) -> bool:
         """Opens the store and puts every stream at its recorded place; False when the store cannot be read."""
@@ -197,7 +251,7 @@ class Writer:
         except (StoreError, OSError) as error:
             self._on_failure(error)
             return False
-        self._trouble.on_success()
+        self._on_works()
         return True
 
     def _is_due(self) -> bool:
@@ -209,8 +263,16 @@ class Writer:
             return True
         if group.since is None:
             return False
+        return len(group.batch.rows) >= self._settings.batch_rows or self._linger_left(group) <= 0
+
+    def _linger_left(self, group: Group) -> float:
+        """How long the group may still wait: counted from when its oldest row was accepted, or, if the wall clock was
+        set meanwhile, at most from when it was read."""
+        assert group.since is not None
         waited = self._clock.monotonic() - group.since
-        return len(group.batch.rows) >= self._settings.batch_rows or waited >= self._settings.linger_s
+        if group.accepted_at:
+            waited = max(waited, self._clock.wall() - min(group.accepted_at))
+        return self._settings.linger_s - waited
 
     def _is_drained(self) -> bool:
         """True when a stop was asked for and nothing more can come."""
@@ -219,11 +281,26 @@ class Writer:
     def _is_out_of_time(self) -> bool:
         return self._stop.is_set() and self._clock.monotonic() >= self._deadline()
 
-    def _wait(self, delay: float) -> float:
-        """How long until the next look: no longer than the group may still wait."""
-        if self._gatherer.group.since is None:
-            return delay
-        return max(0.0, min(delay, self._gatherer.group.since + self._settings.linger_s - self._clock.monotonic()))
+    def _wait(self, is_idle: bool, sleeper: Sleeper) -> float:
+        """How long until the next look. A write to the spool that nobody waits for yet, a question and a stop end it
+        early."""
+        group = self._gatherer.group
+        if self._stop.is_set():
+            return POLL_MIN_S if is_idle or group.since is not None else 0.0
+        if self._has_stored or (self._desk is not None and self._desk.waiting):
+            return 0.0
+        if group.since is not None:
+            return min(self._linger_left(group), GATHER_MAX_S)
+        if not is_idle:
+            self._poll_s = wait = POLL_MIN_S
+        elif sleeper.is_watching:
+            wait = IDLE_WATCHED_S
+        elif sleeper.watch():
+            wait = 0.0  # look once more: it tells only what comes from now on
+        else:
+            wait = self._poll_s
+            self._poll_s = min(self._poll_s * 2, IDLE_MAX_S)
+        return min(wait, max(0.0, self._retention.due_at - self._clock.monotonic()))
 
     def _deadline(self) -> float:
         if self._drain_until is None:
@@ -245,15 +322,17 @@ class Writer:
                     await self._end_transactions(group)
                 await group.take_requeued(self._store)
                 group.complete()
+                self._refused.clear()
                 refused = await self._store.commit(group.batch, self._set_aside)
                 is_complete = True
             except (StoreError, OSError) as error:
                 self._on_failure(error)
                 if not await self._pause_after_failure():
                     return False
-        self._trouble.on_success()
+        self._on_works()
         self._gatherer.group = Group()
-        self._on_stored(group, refused)
+        self._committed.on_stored(group, refused, self._refused)
+        self._gatherer.on_stored(group)
         return True
 
     async def _is_stored(self, group: Group) -> bool:
@@ -279,26 +358,7 @@ class Writer:
     def _set_aside(self, refused: Sequence[tuple[Row, str]]) -> None:
         """Called in the store's thread while the commit waits for it; a retried commit does not append again."""
         self._gatherer.group.set_aside(self._directory, refused)
-
-    def _on_stored(self, group: Group, refused: int) -> None:
-        """Counts, and removes the files that the commit left behind."""
-        now = self._clock.wall()
-        self._tally.on_stored(len(group.batch.rows) - refused)
-        self._stored.add(len(group.batch.rows) - len(group.interrupted) - refused)
-        if group.interrupted:
-            self._interrupted.add(len(group.interrupted))
-            self._log.warning(
-                "transactions_interrupted",
-                rows=len(group.interrupted),
-                request_ids=group.interrupted[:REQUEST_IDS_TOLD],
-                more=max(0, len(group.interrupted) - REQUEST_IDS_TOLD),
-            )
-        if refused:
-            self._dead.add(refused)
-            self._log.error("rows_refused", rows=refused, file=str(self._directory / DEAD_LETTERS))
-        for accepted_at in group.accepted_at:
-            self._lag.record(max(0.0, now - accepted_at))
-        self._gatherer.on_stored(group)
+        self._refused.update(id(row) for row, _ in refused)
 
     def _measure(self) -> None:
         now = self._clock.monotonic()
@@ -307,26 +367,19 @@ class Writer:
             self._spool_bytes.set(self._gatherer.waiting_bytes())
             self._tally.measure(self._gatherer.requeue_bytes())
 
-    async def _keep_retention(self) -> None:
-        """Deletes one small batch of rows past their retention, once an hour one after the other until none is left."""
-        now = self._clock.monotonic()
-        if now < self._next_retention or not self._is_open or self._settings.retention_s <= 0 or self._stop.is_set():
-            return
-        try:
-            gone = await self._store.delete_older(self._clock.wall() - self._settings.retention_s, RETENTION_ROWS)
-        except StoreError as error:
-            self._log.warning("retention_failed", reason=str(error))
-            self._next_retention = now + RETENTION_RETRY_S
-            return
-        if gone < RETENTION_ROWS:
-            self._next_retention = now + RETENTION_EVERY_S
-
     async def _open_store(self) -> None:
         await self._store.open()
         self._is_open = True
 
+    def _on_works(self) -> None:
+        self._trouble.on_success()
+        if self._desk is not None:
+            self._desk.is_failing = False
+
     def _on_failure(self, error: Exception) -> None:
         self._is_open = False
+        if self._desk is not None:
+            self._desk.fail()
         waiting = self._gatherer.waiting_bytes()
         self._spool_bytes.set(waiting)
         left_s = self._deadline() - self._clock.monotonic() if self._stop.is_set() else None
@@ -336,35 +389,12 @@ class Writer:
     async def _pause_after_failure(self) -> bool:
         """Waits before the next try; False when a stop's time is up: what is not stored stays in the spool."""
         if self._pause_s is None:
-            self._tell_left()
+            tell_left(self._directory, self._gatherer.streams, len(self._gatherer.group.batch.rows), self._log)
             return False
         self._measure()  # nothing is stored meanwhile, but the spool grows
         if self._stop.is_set():
             await asyncio.sleep(self._pause_s)
         else:
-            await self._sleep(self._pause_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), self._pause_s)
         return True
-
-    def _tell_left(self) -> None:
-        """The last word of a stop while the store fails."""
-        try:
-            records, size = count_left(self._directory, self._gatherer.streams)
-        except OSError as error:
-            self._log.error("spool_unreadable", directory=str(self._directory), reason=str(error))
-            return
-        gathered = len(self._gatherer.group.batch.rows)
-        self._log.error(
-            "rows_left_in_spool",
-            records=None if records is None else records + gathered,
-            bytes=size,
-            directory=str(self._directory),
-            detail="the next start stores them, once the store works",
-        )
-
-    async def _sleep(self, seconds: float) -> None:
-        """Sleeps, or until a stop; while stopping only as long as keeps a poll from spinning."""
-        if self._stop.is_set() or seconds <= 0:
-            await asyncio.sleep(min(seconds, 0.005))
-            return
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stop.wait(), seconds)
