@@ -14,6 +14,7 @@ import os
 import platform
 import ssl
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 
 from proxyd import __version__
 from proxyd.cli.output import fail, put
@@ -83,10 +84,21 @@ def _parser() -> argparse.ArgumentParser:
     token.add_argument("--quota", type=_count, metavar="N", help="tokens it may spend; default: no limit")
     token.add_argument("--ttl", type=_duration, default="1h", metavar="D", help="lifetime; default: %(default)s")
 
-    usage = commands.add_parser("usage", parents=[file], help="a user's token totals out of the telemetry store")
-    usage.add_argument("--user", type=_count, required=True, metavar="ID", help="the user's number")
+    usage = commands.add_parser("usage", parents=[file], help="token totals out of the telemetry store")
+    usage.add_argument("--user", type=_count, metavar="ID", help="of a user: the user's number")
+    usage.add_argument("--tenant", metavar="T", help="of a tenant")
+    usage.add_argument("--model", metavar="M", help="of a model: its name in the file, or its id")
     usage.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
-    usage.add_argument("--window", type=_duration, default="24h", metavar="D", help="default: %(default)s")
+    when = usage.add_mutually_exclusive_group()
+    when.add_argument("--window", type=_duration, default="24h", metavar="D", help="default: %(default)s")
+    when.add_argument("--since", type=_moment, metavar="TIME", help="such as 2026-01-31 or 2026-01-31T12:00+01:00")
+
+    spool = commands.add_parser("spool", parents=[file], help="what waits in the spool, and what the store refused")
+    spool.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+    spool.add_argument("--retry", action="store_true", help="give the refused rows to the store once more")
+
+    schema = commands.add_parser("schema", parents=[file], help="the tables of the telemetry store")
+    schema.add_argument("--apply", action="store_true", help="create what is missing")
     return parser
 
 
@@ -102,8 +114,10 @@ def _refuse_strays(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         parser.error("--port needs --demo; the ports of a configuration are in server.listen")
     if args.probe and not args.check_config:
         parser.error("--probe needs --check-config")
-    if args.json and not args.check_config and args.command not in ("status", "usage"):
-        parser.error("--json needs --check-config, status or usage")
+    if args.json and not args.check_config and args.command not in ("status", "usage", "spool"):
+        parser.error("--json needs --check-config, status, usage or spool")
+    if args.command == "usage" and args.user is args.tenant is args.model is None:
+        parser.error("usage needs --user ID, --tenant T or --model M, or several of them")
 
 
 def _command(module: str) -> Callable[[argparse.Namespace], int]:
@@ -159,6 +173,15 @@ def _count(text: str) -> int:
     if text.isascii() and text.isdigit() and int(text) < 2**64:
         return int(text)
     raise argparse.ArgumentTypeError("write a whole number up to 2^64-1, without a sign")
+
+
+def _moment(text: str) -> float:
+    """Seconds since the epoch; without an offset the time is UTC, as the rows' is."""
+    try:
+        moment = datetime.fromisoformat(text)
+        return max(0.0, (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError("write 2026-01-31, 2026-01-31T12:00 (UTC) or 2026-01-31T12:00+01:00") from None
 
 
 def _duration(text: str) -> float:

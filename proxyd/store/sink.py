@@ -1,25 +1,50 @@
 """From `telemetry.sink` to the store behind it.
 
 Owns: the meaning of the sink URL. Must not know: what is stored.
+Invariant: aiomysql and PyMySQL are imported when a sink names MySQL, and not before: a node with SQLite, and each of
+its workers, does without them.
 """
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from proxyd.config.secrets import Secret
+from proxyd.config.sink import is_mysql
 from proxyd.store.schema import Reader, Store, StoreError
 from proxyd.store.sqlite import SqliteReader, SqliteStore
 
 
-def make_store(sink: str, durability: str) -> Store:
-    """The writing side of the sink, not yet open. Raises StoreError for a URL that names no database we speak to."""
+def make_store(sink: str, durability: str, *, password: Secret | None = None, node: str = "", log: Any = None) -> Store:
+    """The writing side of the sink, not yet open. `password`: of `telemetry.password_file`; `node`: whose spool
+    positions these are, for a database that many nodes share.
+
+    Raises StoreError for a URL that names no database we speak to.
+    """
+    if is_mysql(sink):
+        store: Store = _mysql().MysqlStore(mysql_address(sink, password), node, log)
+        return store
     return SqliteStore(sqlite_path(sink), durability)
 
 
-def open_reader(sink: str) -> Reader:
+def open_reader(sink: str, password: Secret | None = None) -> Reader:
     """The reading side, open. Raises StoreMissing when nothing was ever stored, StoreError otherwise."""
+    if is_mysql(sink):
+        reader: Reader = _mysql().MysqlReader(mysql_address(sink, password))
+        return reader
     return SqliteReader(sqlite_path(sink))
+
+
+def mysql_address(sink: str, password: Secret | None) -> Any:
+    """The `MysqlAddress` of a mysql:// sink."""
+    return importlib.import_module("proxyd.store.mysql_address").MysqlAddress.parse(sink, password)
+
+
+def _mysql() -> Any:
+    return importlib.import_module("proxyd.store.mysql")
 
 
 def sqlite_path(sink: str) -> Path:
@@ -28,7 +53,7 @@ def sqlite_path(sink: str) -> Path:
     if parts.scheme != "sqlite":
         # The URL may hold a password: only its scheme is named.
         raise StoreError(
-            f"telemetry.sink: {parts.scheme or 'no scheme'}: this version stores in sqlite:////path/file.db only"
+            f"telemetry.sink: {parts.scheme or 'no scheme'}: write sqlite:////path/file.db or mysql://user@host/database"
         )
     path = unquote(parts.path)[1:]
     if parts.netloc or not path:

@@ -258,8 +258,8 @@ def test_the_version_names_what_it_stands_on(capsys):
     "argv",
     [
         ["top"],
-        ["schema"],
-        ["spool"],
+        ["schema", "now"],
+        ["usage"],
         ["--nonsense"],
         ["--port", "80"],
         ["--demo", "--port", "99999"],

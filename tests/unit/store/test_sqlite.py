@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from proxyd.store.queries import WINDOW_SUM, usage, usage_by, window_tokens
+from proxyd.store.queries import WINDOW_SUM, window_tokens
 from proxyd.store.schema import Batch, Cursor, OpenTransaction, Row, StoreError, StoreMisfit, StoreMissing, utc_text
 from proxyd.store.sink import make_store, open_reader, sqlite_path
 from proxyd.store.sqlite import SqliteReader, SqliteStore
@@ -216,30 +216,6 @@ def test_no_store_yet_is_said_so(path: Path) -> None:
         open_reader(f"sqlite:///{path}")
 
 
-def test_usage_is_summed_and_split(path: Path) -> None:
-    put(
-        path,
-        row(),
-        row(status="interrupted", estimated=1, completion_tokens=50),
-        row(model_id=2, tenant="b"),
-        row(user=7),
-        row(created_at=NOW - 100),
-    )
-    reader = SqliteReader(path)
-    total = usage(reader, 42, NOW)
-    assert (total.transactions, total.prompt_tokens, total.completion_tokens, total.total_tokens) == (3, 30, 90, 120)
-    assert total.estimated_share == 0.5
-    assert {key: part.transactions for key, part in usage_by(reader, "status", 42, NOW).items()} == {
-        "completed": 2,
-        "interrupted": 1,
-    }
-    assert list(usage_by(reader, "model_id", 42, NOW)) == ["1", "2"]
-    assert usage(reader, 999, NOW).transactions == 0
-    with pytest.raises(ValueError, match="split"):
-        usage_by(reader, "request_id; DROP", 42, NOW)
-    reader.close()
-
-
 @pytest.mark.parametrize(
     ("sink", "path"), [("sqlite:////var/lib/x.db", "/var/lib/x.db"), ("sqlite:///x%20y.db", "x y.db")]
 )
@@ -247,7 +223,7 @@ def test_sink_urls_name_files(sink: str, path: str) -> None:
     assert sqlite_path(sink) == Path(path)
 
 
-@pytest.mark.parametrize("sink", ["mysql://user:hunter2@host/db", "sqlite://", "sqlite://host/x", "x", ""])
+@pytest.mark.parametrize("sink", ["postgres://user:hunter2@host/db", "sqlite://", "sqlite://host/x", "x", ""])
 def test_other_sinks_are_refused_without_repeating_a_password(sink: str) -> None:
     with pytest.raises(StoreError) as caught:
         make_store(sink, "row")

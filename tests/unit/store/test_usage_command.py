@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from proxyd.cli.usage import add_arguments, run
+from proxyd.cli.main import _parser, main
+from proxyd.cli.usage import run
 from proxyd.clock import FakeClock
 from tests.unit.store.test_sqlite import NOW, put, row
 
@@ -34,9 +35,7 @@ upstreams = ["a"]
 def command(tmp_path: Path, *arguments: str) -> int:
     config = tmp_path / "proxyd.toml"
     config.write_text(CONFIG.format(state=tmp_path))
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    args = parser.parse_args(["-c", str(config), *arguments])
+    args = _parser().parse_args(["-c", str(config), "usage", *arguments], argparse.Namespace(config=None))
     return run(args, {}, FakeClock(wall=NOW + 10))
 
 
@@ -95,7 +94,87 @@ def test_no_store_yet_is_an_error_in_plain_words(tmp_path: Path, capsys: pytest.
 
 
 def test_an_unreadable_configuration_is_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    assert run(parser.parse_args(["-c", str(tmp_path / "none.toml"), "--user", "1"]), {}) == 2
+    assert main(["-c", str(tmp_path / "none.toml"), "usage", "--user", "1"]) == 2
     assert "cannot read" in capsys.readouterr().err
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_tenant_and_a_model_are_summed_over_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "telemetry.db", row(), row(user=7), row(user=7, tenant="other"), row(user=7, model_id=9))
+    assert command(tmp_path, "--tenant", "acme") == 0
+    assert lines(capsys)[1] == ["tenant", "acme", "3", "30", "60", "90", "0.0%"]
+    assert command(tmp_path, "--model", "m") == 0
+    assert lines(capsys)[1] == ["model", "m", "(id", "1)", "3", "30", "60", "90", "0.0%"]
+    assert command(tmp_path, "--model", "9") == 0
+    assert lines(capsys)[1] == ["model", "9", "1", "10", "20", "30", "0.0%"]
+    assert command(tmp_path, "--user", "7", "--tenant", "acme", "--model", "1") == 0
+    assert lines(capsys)[1][:8] == ["user", "7,", "tenant", "acme,", "model", "m", "(id", "1)"]
+    assert command(tmp_path, "--tenant", "ACME") == 0
+    assert capsys.readouterr().out == "no rows for tenant ACME in 24h\n"
+
+
+def test_json_tells_what_was_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "telemetry.db", row(), row(user=7))
+    assert command(tmp_path, "--tenant", "acme", "--model", "m", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    asked = {key: document[key] for key in ("user_id", "tenant", "model_id", "since", "window_s")}
+    since = "2023-11-13T22:13:30Z"
+    assert asked == {"user_id": None, "tenant": "acme", "model_id": 1, "since": since, "window_s": 86400.0}
+    assert document["transactions"] == 2
+
+
+def test_a_model_that_the_file_does_not_have_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "telemetry.db", row())
+    for name in ("gpt", "70000", "-1"):
+        assert command(tmp_path, f"--model={name}") == 2
+        assert f"the file has no model '{name}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "since, found",
+    [
+        ("2023-11-14T22:13:20", 1),
+        ("2023-11-14 22:13:20Z", 1),
+        ("2023-11-14T23:13:20+01:00", 1),
+        ("2023-11-14T23:13:20", 0),
+        ("2023-11-14", 2),
+        ("1969-01-01", 2),
+    ],
+)
+def test_since_is_utc_unless_it_says_another_offset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], since: str, found: int
+) -> None:
+    put(tmp_path / "telemetry.db", row(), row(created_at=NOW - 3600))
+    assert command(tmp_path, "--user", "42", "--since", since, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["transactions"], document["window_s"]) == (found, None)
+    if not found:
+        assert command(tmp_path, "--user", "42", "--since", since) == 0
+        assert capsys.readouterr().out == "no rows for user 42 since 2023-11-14 23:13:20 UTC\n"
+
+
+def test_a_window_longer_than_time_is_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "telemetry.db", row())
+    assert command(tmp_path, "--user", "42", "--window", "99999999d") == 0
+    assert lines(capsys)[1][:3] == ["user", "42", "1"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "needs --user ID, --tenant T or --model M"),
+        (["--user", "1", "--since", "2026-01-01", "--window", "1h"], "not allowed with"),
+        (["--user", "1", "--since", "yesterday"], "write 2026-01-31"),
+        (["--user", "1", "--window", "1"], "unit"),
+    ],
+)
+def test_arguments_that_are_not_understood_are_exit_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["usage", *arguments])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
