@@ -6,7 +6,8 @@ Must not know: routes, providers, tokens, policy, logs. What happens to the stre
 
     owner.on_first()                  the first event (or, without a splitter, the first byte) was relayed
     owner.on_tap(payload)             every piece of payload, only when `tap` was asked for
-    owner.on_mark()                   the splitter metered MARK_BYTES more text: time for a checkpoint
+    owner.on_mark()                   the splitter metered MARK_BYTES more text: time for a checkpoint; or as much as
+                                      mark_after() said, then at the very event that reached it
     owner.on_complete(leftover, held) the upstream's framing says the body is whole; `held` is the unfinished last block
                                       -> bytes to send before the end mark (`held` itself, or what takes its place)
     owner.on_broken(error, detail)    the upstream failed (errno or 0) -> bytes to append, the end mark is NOT written;
@@ -24,7 +25,7 @@ handle for good at the first EPOLLERR, after one last callback: a reset that com
 data and then never heard of again. And a loop callback costs a Python call and a context switch of contextvars per event,
 which here is a pointer in C.
 
-Invariants: at most one recv and one send per readiness; at most `buffer_bytes` pending, then the upstream is not read;
+Invariants: at most one recv per readiness, and one send but where a limit is in reach; at most `buffer_bytes` pending, then the upstream is not read;
 spans of the splitter live until the end of the turn that made them; a closed exchange is in no epoll set, and lives until
 the batch of events that may still name it is over.
 It is long because a turn crosses all of it, and C compilers do not inline across modules.
@@ -234,6 +235,25 @@ cdef inline int write_hex(unsigned char* before, uint64_t value) noexcept nogil:
             return size
 
 
+cdef Py_ssize_t block_end(const unsigned char* text, Py_ssize_t at, Py_ssize_t length) noexcept nogil:
+    """Behind the next empty line of text[at:length], or `length`. Where `at` is within a line this may be too early, never
+    too late; the splitter's results do not depend on the cut."""
+    cdef bint empty = True
+    cdef unsigned char byte
+    while at < length:
+        byte = text[at]
+        at += 1
+        if byte == c'\n' or byte == c'\r':
+            if byte == c'\r' and at < length and text[at] == c'\n':
+                at += 1
+            if empty:
+                return at
+            empty = True
+        else:
+            empty = False
+    return length
+
+
 cdef class Exchange:
     """One streaming answer. start() begins it, close() ends it (idempotent; no callback comes after it).
 
@@ -256,6 +276,9 @@ cdef class Exchange:
     cdef bint client_lost
     cdef int client_errno
     cdef uint64_t next_mark
+    cdef bint limited
+    cdef bint midway        # unread payload lies behind what is sent
+    cdef uint64_t limit
     cdef readonly Py_ssize_t undelivered
     cdef unsigned char* pending
     cdef Py_ssize_t pending_at
@@ -361,6 +384,15 @@ cdef class Exchange:
         self.transmit(NULL, 0, payload, False)
         self.check_client()
         return True
+
+    def mark_after(self, uint64_t text_bytes):
+        """on_mark() comes at the event that makes `text_bytes` more metered, once, and what it then ends loses every event
+        behind that one. 0: at the event that is being read, or behind the piece that is being tapped (which meters
+        nothing itself, as a splitter without a watch: their owner counts, and says 0 when it is time)."""
+        cdef uint64_t metered = 0 if self.splitter is None else self.splitter.metered
+        self.limited = True
+        self.limit = metered + text_bytes
+        self.next_mark = min(metered + MARK_BYTES, self.limit)
 
     def halt(self):
         """Stops reading the upstream, whose descriptor may then be closed. end() or close() must follow."""
@@ -540,6 +572,7 @@ cdef class Exchange:
         cdef uint64_t before
         cdef Span whole
         cdef bint last
+        cdef bint goes_on = True
         self.bytes_in += <uint64_t> size
         self.last_read_ms = engine.now_ms
         length = self.unframer.take(engine.scratch + HEADROOM, size, &payload)
@@ -554,9 +587,15 @@ cdef class Exchange:
                     return 0
             if splitter is not None:
                 before = splitter.events
-                splitter.consume(payload, length)
+                if self.limited and (splitter.watch is None
+                                     or splitter.metered + <uint64_t> (splitter.held + length) >= self.limit):
+                    goes_on = self.consume_to_limit(payload, length)
+                else:
+                    splitter.consume(payload, length)
                 if splitter.events != before:
                     engine.events.add_n(splitter.events - before)
+                if not goes_on:
+                    return 0
                 if not last:
                     if splitter.span_count:
                         self.transmit(splitter.spans, splitter.span_count, b"", False)
@@ -567,6 +606,8 @@ cdef class Exchange:
                 if splitter.metered >= self.next_mark:
                     self.next_mark = splitter.metered + MARK_BYTES
                     self.owner.on_mark()
+                    if self.phase != RUNNING:
+                        return 0
             else:
                 if not last:
                     whole.start = payload
@@ -575,6 +616,11 @@ cdef class Exchange:
                 if not self.first_seen:
                     self.first_seen = True
                     self.owner.on_first()
+                if self.limited and self.limit == 0 and not last:
+                    self.limited = False
+                    self.owner.on_mark()
+                    if self.phase != RUNNING:
+                        return 0
         if last:
             self.finish_turn(payload, length)
         self.check_client()
@@ -586,6 +632,35 @@ cdef class Exchange:
             self.stalls += 1
             engine.stalls.add_n(1)
         return 0
+
+    cdef bint consume_to_limit(self, const unsigned char* payload, Py_ssize_t length) except -1:
+        """The limit is in reach of this payload: event by event. False when on_mark() ended the exchange: then what lies
+        behind the event that reached the limit was not read."""
+        cdef Splitter splitter = self.splitter
+        cdef Py_ssize_t at = 0, end
+        cdef bint reached
+        while at < length:
+            end = block_end(payload, at, length)
+            splitter.consume(payload + at, end - at)
+            at = end
+            reached = self.limited and splitter.metered >= self.limit
+            # What is sent of a block that was kept points to memory that the next consume() may move or free.
+            if reached or (at < length and (splitter.block != NULL or splitter.spent != NULL)):
+                if splitter.span_count:
+                    self.midway = at < length
+                    self.transmit(splitter.spans, splitter.span_count, b"", False)
+                    self.midway = False
+                splitter.recycle()
+            if reached:
+                self.limited = False
+                self.next_mark = splitter.metered + MARK_BYTES
+                if not self.first_seen and splitter.events:
+                    self.first_seen = True
+                    self.owner.on_first()
+                self.owner.on_mark()
+                if self.phase != RUNNING:
+                    return False
+        return True
 
     cdef int finish_turn(self, unsigned char* payload, Py_ssize_t length) except -1:
         """The body became whole in this turn: its last bytes, what the owner appends and the end mark leave in one send."""
@@ -648,7 +723,7 @@ cdef class Exchange:
         total += len(more)
         self.bytes_out += <uint64_t> total
         engine.sent_bytes.add_n(<uint64_t> total)
-        if (count == 1 and not more and not self.prefix and self.pending_size == 0
+        if (count == 1 and not more and not self.prefix and not self.midway and self.pending_size == 0
                 and spans[0].start >= engine.scratch + HEADROOM
                 and spans[0].start + spans[0].length <= engine.scratch + HEADROOM + engine.turn_bytes):
             # the plain path: our chunk header and line end are written around the payload where it lies
