@@ -20,6 +20,7 @@ import orjson
 
 from proxyd.cli.output import fail, put
 from proxyd.cli.part import read_part
+from proxyd.cli.tables import size, span, table
 from proxyd.config.values import Listen
 
 WHO = "proxyd status"
@@ -87,11 +88,11 @@ def page(status: dict[str, Any]) -> str:
     """The state for people: the node, its processes, latencies, upstreams, telemetry."""
     requests, streams, telemetry = status["requests"], status["streams"], status["telemetry"]
     lines = [
-        f"proxyd {status['version']}: {status['state']}, pid {status['pid']}, up {_span(status['uptime_s'])}",
+        f"proxyd {status['version']}: {status['state']}, pid {status['pid']}, up {span(status['uptime_s'])}",
         f"requests: {requests['answered']} answered, {requests['client_aborts']} left by their client",
         f"streams: {streams['active']} active, {streams['events']} events relayed",
         "",
-        *_table(
+        *table(
             ["process", "pid", "state", "streams", "restarts", "up"],
             [[f"worker {worker['slot']}", *_process(worker)] for worker in status["workers"]]
             + [["telemetry", *_process(telemetry | {"streams": "-"})]],
@@ -110,11 +111,11 @@ def page(status: dict[str, Any]) -> str:
             ]
             for name, upstream in status["upstreams"].items()
         ]
-        lines += ["", *_table(["upstream", "breaker", "connections", "reused", "errors"], rows)]
+        lines += ["", *table(["upstream", "breaker", "connections", "reused", "errors"], rows)]
         for name, upstream in status["upstreams"].items():
             lines += _troubles(name, upstream)
     rows_text = ", ".join(f"{count} {state}" for state, count in telemetry["rows"].items()) or "none yet"
-    lines += ["", f"rows: {rows_text}; {telemetry['spool_bytes']} bytes in the spool"]
+    lines += ["", f"rows: {rows_text}; {telemetry['spool_bytes']} bytes in the spool", *_spool(telemetry)]
     store = telemetry.get("store")
     if store:
         lines += textwrap.wrap(
@@ -125,6 +126,24 @@ def page(status: dict[str, Any]) -> str:
     if status["sockets"]["time_wait"] is not None:
         lines.append(f"sockets of this host in TIME_WAIT: {status['sockets']['time_wait']}")
     return "\n".join(lines)
+
+
+def _spool(telemetry: dict[str, Any]) -> list[str]:
+    """Groups, lag, how full the folder is, and what the store refused."""
+    lines = []
+    if telemetry["groups"]:
+        lag = ", ".join(f"{key} {_duration(value)}" for key, value in telemetry["lag"].items() if key.startswith("p"))
+        lines += textwrap.wrap(
+            f"groups: {telemetry['groups_per_s']:g} a second, {telemetry['group_rows']:g} rows each; lag {lag}", 80
+        )
+    if telemetry["spool_max"]:
+        used = f"{size(telemetry['spool_used'])} of {size(telemetry['spool_max'])}"
+        lines.append(f"spool folder: {used} ({telemetry['spool_share']:.1%})")
+    if telemetry["dead_letters"]:
+        lines.append(f"dead letters: {telemetry['dead_letters']}; `proxyd spool` lists them")
+    if telemetry["requeue_bytes"]:
+        lines.append(f"dead letters being stored again: {size(telemetry['requeue_bytes'])} are left")
+    return lines
 
 
 def _troubles(name: str, upstream: dict[str, Any]) -> list[str]:
@@ -143,10 +162,10 @@ def _instant(wall_s: float) -> str:
 
 
 def _process(process: dict[str, Any]) -> list[str]:
-    up = "-" if process["age_s"] is None else _span(process["age_s"])
+    up = "-" if process["age_s"] is None else span(process["age_s"])
     state = process["state"]
     if process["silent_s"] is not None and process["silent_s"] >= SILENT_S:
-        state += f", silent {_span(process['silent_s'])}"
+        state += f", silent {span(process['silent_s'])}"
     return [str(process["pid"] or "-"), state, str(process["streams"]), str(process["restarts"]), up]
 
 
@@ -158,7 +177,7 @@ def _latencies(latency: dict[str, Any]) -> list[str]:
         if both["since_start"]["count"]:
             label = name.removeprefix("proxyd_").removesuffix("_seconds").replace("_", " ")
             rows.append([label, str(minute["count"]), *(_duration(minute[key]) for key in names)])
-    return _table(["last minute", "count", *names], rows) if rows else ["no latencies yet"]
+    return table(["last minute", "count", *names], rows) if rows else ["no latencies yet"]
 
 
 def _duration(seconds: float | None) -> str:
@@ -168,25 +187,3 @@ def _duration(seconds: float | None) -> str:
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"
     return f"{seconds * 1e6:.3g} us"
-
-
-def _span(seconds: float) -> str:
-    """The two largest units of a length of time."""
-    parts: list[str] = []
-    rest = int(seconds)
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s")):
-        count, rest = divmod(rest, size)
-        if count or parts or unit == "s":
-            parts.append(f"{count}{unit}")
-    return " ".join(parts[:2])
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Columns of numbers are set to the right, so that their size can be seen."""
-    columns = range(len(head))
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in columns]
-    sides = ["<" if any(row[column][:1].isalpha() for row in rows) else ">" for column in columns]
-    return [
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
-        for row in [head, *rows]
-    ]

@@ -30,6 +30,7 @@ import errno
 import os
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
@@ -183,11 +184,20 @@ def list_spool(directory: Path) -> tuple[dict[str, list[int]], list[str]]:
 
 def directory_bytes(directory: Path) -> int:
     """Bytes of all segments in the spool directory; 0 when it cannot be read."""
+    return _sum(directory, lambda name: parse_name(name) is not None)
+
+
+def folder_bytes(directory: Path) -> int:
+    """Bytes that count against telemetry.spool_max: segments, dead letters and what was set aside."""
+    return _sum(directory, lambda name: parse_name(name) is not None or is_ours(name))
+
+
+def _sum(directory: Path, is_counted: Callable[[str], bool]) -> int:
     total = 0
     try:
         with os.scandir(directory) as entries:
             for entry in entries:
-                if parse_name(entry.name) is not None:
+                if is_counted(entry.name):
                     try:
                         total += entry.stat().st_size
                     except FileNotFoundError:

@@ -39,7 +39,7 @@ from proxyd.telemetry.segment import (
     Header,
     SpoolError,
     build_header,
-    directory_bytes,
+    folder_bytes,
     segment_name,
 )
 from proxyd.telemetry.spoolio import InThread, SpoolIO, SpoolLog, sync_thread
@@ -385,7 +385,7 @@ class SpoolWriter:
     def _check_bounds(self) -> None:
         fault = None
         held = self._pending_bytes + self._unsynced_bytes
-        used = directory_bytes(self._directory) if self._spool_max else 0
+        used = folder_bytes(self._directory) if self._spool_max else 0
         if held > HELD_SOFT_BYTES:
             fault = f"{held} bytes of records wait for the disk"
         elif self._spool_max and used >= self._spool_max:

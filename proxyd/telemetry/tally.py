@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from proxyd.telemetry.deadletter import LineCount
-from proxyd.telemetry.segment import DEAD_LETTERS
+from proxyd.telemetry.segment import DEAD_LETTERS, folder_bytes
 
 GROUP_ROWS = "_telemetry_group_rows"
 ROW_S = 1e-6
@@ -28,12 +28,15 @@ class Metrics(Protocol):
 class Tally:
     """One a process."""
 
-    __slots__ = ("_dead_letters", "_groups", "_lines", "_requeue_bytes")
+    __slots__ = ("_dead_letters", "_directory", "_groups", "_lines", "_requeue_bytes", "_used")
 
-    def __init__(self, metrics: Metrics, directory: Path) -> None:
+    def __init__(self, metrics: Metrics, directory: Path, spool_max: int) -> None:
+        self._directory = directory
         self._groups = metrics.histogram(GROUP_ROWS)
         self._dead_letters = metrics.gauge("_telemetry_dead_letters")
         self._requeue_bytes = metrics.gauge("_telemetry_requeue_bytes")
+        self._used = metrics.gauge("_telemetry_spool_used")
+        metrics.gauge("_telemetry_spool_max").set(spool_max)
         self._lines = LineCount(directory / DEAD_LETTERS)
 
     def on_stored(self, rows: int) -> None:
@@ -45,3 +48,4 @@ class Tally:
         """What lies in the files now. Once a second."""
         self._dead_letters.set(self._lines.count())
         self._requeue_bytes.set(requeue_bytes)
+        self._used.set(folder_bytes(self._directory))

@@ -96,6 +96,7 @@ class Settings:
     retention_s: float
     drain_s: float = DRAIN_S
     started_at: float = 0.0  # wall seconds of the node's start: rows accepted before are not in its ledger
+    spool_max: int = 0
 
 
 async def run(
@@ -122,7 +123,9 @@ async def run(
     """
     directory = ensure_spool_dir(config.server.state_dir)
     telemetry = config.telemetry
-    settings = Settings(telemetry.linger, telemetry.batch_rows, telemetry.retention, drain_s, started_at)
+    settings = Settings(
+        telemetry.linger, telemetry.batch_rows, telemetry.retention, drain_s, started_at, telemetry.spool_max
+    )
     async with only_one(Path(config.server.state_dir) / LOCK_NAME, stop, log, clock, enter) as is_ours:
         if is_ours:
             store = make_store(telemetry.sink, telemetry.durability)
@@ -157,7 +160,7 @@ class Writer:
         self._directory, self._store, self._settings = directory, store, settings
         self._log, self._stop, self._clock = log, stop, clock
         self._spool_bytes = metrics.gauge("proxyd_telemetry_spool_bytes")
-        self._tally = Tally(metrics, directory)
+        self._tally = Tally(metrics, directory, settings.spool_max)
         self._committed = Committed(
             metrics, self._tally, desk, settings.started_at, directory / DEAD_LETTERS, log, clock
         )

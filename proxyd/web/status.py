@@ -11,11 +11,13 @@ from typing import Any
 
 from proxyd import __version__
 from proxyd.shm.beats import Beat
-from proxyd.shm.metrics import Distribution, Labels, Snapshot, read
+from proxyd.shm.metrics import LAST_MINUTE_WINDOWS, WINDOW_S, Distribution, Labels, Snapshot, read
 from proxyd.shm.region import Region
 from proxyd.web.exposition import FAMILIES, reuse_ratios
 
 _BREAKER = {0: "closed", 1: "half_open", 2: "open"}
+# In the histogram of groups a row counts as a microsecond (telemetry/tally.py).
+_NS_PER_ROW = 1000
 
 
 def build_status(
@@ -59,12 +61,48 @@ def build_status(
         "upstreams": _upstreams(snapshot, _failing(region, workers, snapshot, monotonic_s)),
         "telemetry": _process(region, workers, monotonic_s)
         | {
-            "spool_bytes": sum(snapshot.gauges.get("proxyd_telemetry_spool_bytes", {}).values()),
             "rows": _by(snapshot.counters, "proxyd_telemetry_rows_total", "state"),
             "store": store_trouble(snapshot.gauges),
-        },
+        }
+        | _spool(snapshot)
+        | _groups(snapshot, monotonic_s, master.age_s(monotonic_s), percentiles),
         "sockets": {"time_wait": time_wait},
     }
+
+
+def _spool(snapshot: Snapshot) -> dict[str, Any]:
+    """`spool_used` is all of the folder that counts against `spool_max`; `spool_bytes` the part that is not stored."""
+    used, bound = _gauge(snapshot, "_telemetry_spool_used"), _gauge(snapshot, "_telemetry_spool_max")
+    return {
+        "spool_bytes": _gauge(snapshot, "proxyd_telemetry_spool_bytes"),
+        "spool_used": used,
+        "spool_max": bound,
+        "spool_share": round(used / bound, 4) if bound else None,
+        "dead_letters": _gauge(snapshot, "_telemetry_dead_letters"),
+        "requeue_bytes": _gauge(snapshot, "_telemetry_requeue_bytes"),
+    }
+
+
+def _groups(snapshot: Snapshot, monotonic_s: float, age_s: float, percentiles: Sequence[float]) -> dict[str, Any]:
+    """Commits with rows since the start; how many a second, their mean size and how late their rows are, in the last
+    minute (the size: since the start, where there was none)."""
+    name = "_telemetry_group_rows"
+    minute, whole = (found.get(name) or Distribution() for found in (snapshot.last_minute, snapshot.histograms))
+    seconds = min(LAST_MINUTE_WINDOWS * WINDOW_S + monotonic_s % WINDOW_S, max(age_s, 1.0))
+    return {
+        "groups": whole.count,
+        "groups_per_s": round(minute.count / seconds, 2),
+        "group_rows": _rows_a_group(minute if minute.count else whole),
+        "lag": _latency(snapshot.last_minute.get("proxyd_telemetry_lag_seconds"), percentiles),
+    }
+
+
+def _rows_a_group(found: Distribution) -> float | None:
+    return round(found.sum_ns / _NS_PER_ROW / found.count, 1) if found.count else None
+
+
+def _gauge(snapshot: Snapshot, name: str) -> int:
+    return sum(snapshot.gauges.get(name, {}).values())
 
 
 def _process(region: Region, slot: int, monotonic_s: float) -> dict[str, Any]:

@@ -152,7 +152,12 @@ def read_and_store(state_dir: Path, ready: int, log: Path) -> None:
     config = SimpleNamespace(
         server=SimpleNamespace(state_dir=state_dir),
         telemetry=SimpleNamespace(
-            sink=f"sqlite:///{state_dir}/telemetry.db", linger=0.005, batch_rows=40, durability="os", retention=86400.0
+            sink=f"sqlite:///{state_dir}/telemetry.db",
+            linger=0.005,
+            batch_rows=40,
+            durability="os",
+            retention=86400.0,
+            spool_max=0,
         ),
     )
 
@@ -300,7 +305,12 @@ async def test_a_live_loop_stores_rows_soon_syncs_beside_the_loop_and_stops_with
     config = SimpleNamespace(
         server=SimpleNamespace(state_dir=tmp_path),
         telemetry=SimpleNamespace(
-            sink=f"sqlite:///{tmp_path}/telemetry.db", linger=0.02, batch_rows=10, durability="second", retention=60.0
+            sink=f"sqlite:///{tmp_path}/telemetry.db",
+            linger=0.02,
+            batch_rows=10,
+            durability="second",
+            retention=60.0,
+            spool_max=0,
         ),
     )
     spool = SpoolWriter.on_loop(loop, ensure_spool_dir(tmp_path), 0, 7, "second", log, io=WatchedIO())

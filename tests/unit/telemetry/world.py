@@ -134,6 +134,7 @@ class World:
                 batch_rows=self.batch_rows,
                 durability="os",
                 retention=0.0,
+                spool_max=0,
             ),
         )
 
