@@ -75,7 +75,8 @@ class Survey:
     @property
     def bytes(self) -> int:
         """All that counts against telemetry.spool_max."""
-        return sum(one.bytes for one in self.streams) + sum(odd.bytes for odd in self.odd) + self.dead_letter_bytes
+        ours = sum(odd.bytes for odd in self.odd if odd.kind != "foreign")
+        return sum(one.bytes for one in self.streams) + ours + self.dead_letter_bytes
 
 
 def survey(state_dir: Path, directory: Path, cursors: Mapping[str, Cursor] | None) -> Survey:

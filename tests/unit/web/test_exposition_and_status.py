@@ -175,3 +175,44 @@ def test_the_page_tells_a_process_that_says_ready_and_does_not_beat() -> None:
     Beat(region, 1).beat(1000.0)
     text = page(status(region))
     assert text.count("ready, silent 1") == 1
+
+
+def test_status_tells_groups_lag_dead_letters_and_how_full_the_spool_is() -> None:
+    region = busy_region()
+    Beat(region, 3).birth(99, 1, 900.0)
+    metrics = Metrics(region, 2)
+    metrics.tick(1000.0)
+    for rows in (1, 199, 250):
+        metrics.histogram("_telemetry_group_rows").record(rows * 1e-6)
+    metrics.histogram("proxyd_telemetry_lag_seconds").record(0.02)
+    metrics.gauge("proxyd_telemetry_spool_bytes").set(5000)
+    metrics.gauge("_telemetry_spool_used").set(2**20)
+    metrics.gauge("_telemetry_spool_max").set(2**22)
+    metrics.gauge("_telemetry_dead_letters").set(3)
+    metrics.gauge("_telemetry_requeue_bytes").set(2048)
+    told = status(region)["telemetry"]
+    assert (told["groups"], told["groups_per_s"], told["group_rows"]) == (3, 0.05, 150.0)  # in 60 s, at 1000.0
+    assert (told["spool_bytes"], told["spool_used"], told["spool_max"], told["spool_share"]) == (
+        5000,
+        2**20,
+        2**22,
+        0.25,
+    )
+    assert (told["dead_letters"], told["requeue_bytes"]) == (3, 2048)
+    assert told["lag"]["p50"] == pytest.approx(0.02, rel=0.05)
+    text = page(status(region))
+    assert "groups: 0.05 a second, 150 rows each; lag p50 20" in text
+    assert "spool folder: 1 MiB of 4 MiB (25.0%)" in text
+    assert "dead letters: 3; `proxyd spool` lists them" in text
+    assert "stored again: 2 KiB are left" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_size_of_a_group_is_that_since_the_start_when_none_was_committed_in_the_last_minute() -> None:
+    region = busy_region()
+    metrics = Metrics(region, 2)
+    metrics.tick(100.0)
+    metrics.histogram("_telemetry_group_rows").record(7e-6)
+    told = status(region)["telemetry"]
+    assert (told["groups"], told["groups_per_s"], told["group_rows"]) == (1, 0.0, 7.0)
+    assert status(Region.create(4))["telemetry"]["group_rows"] is None
