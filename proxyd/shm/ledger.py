@@ -1,7 +1,7 @@
 """The node's ledger: what users hold and have spent, tenants' windows and permits, in memory that all workers share.
 
 Owns the mapping, its size, and what becomes of users and tenants that found no room. Must not know quotas, limits or
-the store: they are arguments, or numbers that others put here (ext _ledger: layout and atomic steps).
+the store: they are arguments, or numbers that others put here (ext _ledger, _limits: layout and atomic steps).
 
     master: Ledger.create(slots) ... fork ... reclaim(slot) when a worker is reaped, before its successor is forked
     worker: ledger.at(slot, epoch) after the fork -> account(user_id), tenant(name)
@@ -19,7 +19,8 @@ import hashlib
 import mmap
 from typing import NamedTuple
 
-from proxyd._ledger import PERMITS_MAX, Account, Standing, Sums, Table, Tenant, Window, Writer
+from proxyd._ledger import Account, Standing, Sums, Table, Writer
+from proxyd._limits import PERMITS_MAX, Tenant, Window
 
 __all__ = ["Account", "Ledger", "SlotLedger", "Standing", "Sums", "Tenant", "Totals", "Window"]
 
@@ -102,11 +103,11 @@ class SlotLedger:
         return self._alone(user_id) if account is None else account
 
     def tenant(self, name: str) -> Tenant:
-        """The tenant's row; that of all late-comers (`is_shared` false) when the table is full."""
+        """The tenant's row; that of all late-comers (`is_own` false) when the table is full."""
         tenant = self._tenants.get(name)
         if tenant is None:
             tenant = self._writer.tenant(_key(name))
-            if not tenant.is_shared:
+            if not tenant.is_own:
                 self._table.count_overflow()
             if len(self._tenants) >= _NAMES:
                 self._tenants.clear()  # what is under way keeps its Tenant

@@ -41,6 +41,7 @@ COMPILED: dict[str, tuple[int, frozenset[str] | None]] = {
     "_shm": (0, None),
     "_frame": (0, None),
     "_ledger": (0, frozenset({"shm", "access", "telemetry", "worker"})),
+    "_limits": (0, frozenset({"shm", "access", "telemetry", "worker"})),
     "_bpe": (0, None),
     "_relay": (4, frozenset({"relay"})),
 }
