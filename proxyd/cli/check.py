@@ -22,7 +22,7 @@ from proxyd.config.load import parse, read_text
 from proxyd.config.locate import KeyPath
 from proxyd.config.schema import Config
 from proxyd.config.secrets import Secrets, key_text, resolve
-from proxyd.config.sink import has_password
+from proxyd.config.sink import ca_file, has_password, is_mysql
 from proxyd.errors import Finding
 from proxyd.host import limits
 from proxyd.store.schema import StoreError
@@ -117,6 +117,9 @@ def _open_files(config: Config) -> Iterator[_Found]:
 def _store(config: Config) -> Iterator[_Found]:
     """A daemon would start beside such a file, and its rows would wait in the spool for another."""
     key: KeyPath = ("telemetry", "sink")
+    if is_mysql(config.telemetry.sink):
+        yield from _certificate(key, ca_file(config.telemetry.sink))
+        return
     try:
         path = sqlite_path(config.telemetry.sink)
         if path.is_dir():
@@ -125,7 +128,7 @@ def _store(config: Config) -> Iterator[_Found]:
         with path.open("rb") as file:
             head = file.read(len(_SQLITE_MAGIC))
     except (OSError, StoreError):
-        return  # not there yet, another user's, or refused by the rules
+        return  # not there yet, or another user's
     if head and head != _SQLITE_MAGIC:
         yield True, key, f"{path} is not an SQLite database", "name another file, or move this one away"
 
@@ -213,15 +216,18 @@ def _access_log(config: Config) -> Iterator[_Found]:
 
 def _certificates(config: Config) -> Iterator[_Found]:
     for index, upstream in enumerate(config.upstream):
-        if not upstream.ca_file:
-            continue
-        key: KeyPath = ("upstream", index, "ca_file")
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=upstream.ca_file)
-        except ssl.SSLError:
-            yield True, key, f"{upstream.ca_file} holds no certificate in PEM", "name a file of CERTIFICATE blocks"
-        except OSError as error:
-            yield True, key, f"cannot read {upstream.ca_file}: {error.strerror}", "correct the path or its permissions"
+        yield from _certificate(("upstream", index, "ca_file"), upstream.ca_file)
+
+
+def _certificate(key: KeyPath, path: str) -> Iterator[_Found]:
+    """`path`: "" for none."""
+    try:
+        if path:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=path)
+    except ssl.SSLError:
+        yield True, key, f"{path} holds no certificate in PEM", "name a file of CERTIFICATE blocks"
+    except OSError as error:
+        yield True, key, f"cannot read {path}: {error.strerror}", "correct the path or its permissions"
 
 
 def _password_in_the_file(config: Config) -> Iterator[_Found]:

@@ -195,6 +195,11 @@ class _Reader:
             message = f"{telemetry.password_file} holds more than one line, or a NUL"
             self.error(key, message, "one password, on one line")
             return None
+        try:
+            value.decode()
+        except UnicodeDecodeError:
+            self.error(key, f"{telemetry.password_file} is not UTF-8", "save it as UTF-8")
+            return None
         return Secret(value)
 
     def variable(self, key: KeyPath, name: str) -> bytes | None:

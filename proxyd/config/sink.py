@@ -40,6 +40,25 @@ def has_password(sink: str) -> bool:
     return is_mysql(sink) and bool(urlsplit(sink).password)
 
 
+def ca_file(sink: str) -> str:
+    """The certificates that a sink of good shape wants its server's to be checked with, or ""."""
+    return dict(parse_qsl(urlsplit(sink).query)).get("ssl_ca", "") if is_mysql(sink) else ""
+
+
+def _check_options(query: str, *, has_host: bool) -> None:
+    """A host, with ssl_ca or without, or a unix_socket."""
+    options = parse_qsl(query, keep_blank_values=True)
+    names = [name for name, _ in options]
+    if query and names not in (["unix_socket"], ["ssl_ca"]):
+        refuse("has another option than unix_socket or ssl_ca, one of them and once (not shown)", _MYSQL)
+    if "unix_socket" in names and has_host:
+        refuse("names a host and a unix_socket", "keep one of them")
+    if "unix_socket" not in names and not has_host:
+        refuse("names neither a host nor a unix_socket", _MYSQL)
+    if options and not options[0][1].startswith("/"):
+        refuse(f"the path of its {names[0]} is not absolute", _MYSQL)
+
+
 def _check_mysql(value: str) -> None:
     """Refuses what is no mysql:// URL; says which part is at fault and never what stands there."""
     if re.search(r"[^!-~]", value):
@@ -55,19 +74,13 @@ def _check_mysql(value: str) -> None:
         refuse("holds #, @ or % where they mean something else (not shown)", _ESCAPE)
     if port == 0:
         refuse("port 0 cannot be connected to", _MYSQL)
+    if any(char in unquote(value, errors="replace") for char in ("\0", "\ufffd")):
+        refuse("holds %00, or an %XX that is not UTF-8 (not shown)", _ESCAPE)
     database = unquote(parts.path[1:])
     if not database or "/" in database or "@" in value[len("mysql://") + len(parts.netloc) :]:
         refuse("names no database, or more than one (not shown)", f"{_MYSQL}; {_ESCAPE}")
     if len(database) > 64:
         refuse("names a database of more than 64 characters", _MYSQL)
-    options = parse_qsl(parts.query, keep_blank_values=True)
-    if parts.query and [name for name, _ in options] != ["unix_socket"]:
-        refuse("has another option than unix_socket, once (not shown)", _MYSQL)
-    if not options and not host:
-        refuse("names neither a host nor a unix_socket", _MYSQL)
-    if options and (host or port is not None):
-        refuse("names a host and a unix_socket", "keep one of them")
-    if options and not options[0][1].startswith("/"):
-        refuse("the path of its unix_socket is not absolute", _MYSQL)
+    _check_options(parts.query, has_host=bool(host) or port is not None)
     if host and not parts.username:
         refuse("names no user", _MYSQL)

@@ -22,8 +22,9 @@ USER_TOTALS = (
     "SELECT COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(completion_tokens), 0)"
     " FROM sys_ai_transactions WHERE user_id = ? AND created_at >= ?"
 )
+# MySQL's text columns may call Acme, ACME and "acme " equal; HEX tells them apart, and SQLite has it, too.
 _GROUPS = (
-    "SELECT status, model_id, tenant, COUNT(*), SUM(prompt_tokens), SUM(completion_tokens),"
+    "SELECT status, model_id, MIN(tenant), COUNT(*), SUM(prompt_tokens), SUM(completion_tokens),"
     " SUM(CASE WHEN estimated <> 0 THEN prompt_tokens + completion_tokens ELSE 0 END) FROM sys_ai_transactions"
 )
 SPLITS = ("status", "model_id", "tenant")
@@ -86,10 +87,11 @@ def user_totals(reader: Reader, user_id: int, since: float) -> Totals:
 
 def usage(reader: Reader, asked: Asked) -> list[Group]:
     """All the rows asked for, by their group; this reads the table."""
-    conditions = {"user_id = ?": asked.user_id, "tenant = ?": asked.tenant, "model_id = ?": asked.model_id}
+    tenant = None if asked.tenant is None else asked.tenant.encode(errors="surrogateescape").hex().upper()
+    conditions = {"user_id = ?": asked.user_id, "HEX(tenant) = ?": tenant, "model_id = ?": asked.model_id}
     given = {condition: value for condition, value in conditions.items() if value is not None}
     where = " AND ".join([*given, "created_at >= ?"])
-    sql = f"{_GROUPS} WHERE {where} GROUP BY status, model_id, tenant"
+    sql = f"{_GROUPS} WHERE {where} GROUP BY status, model_id, HEX(tenant)"
     found = reader.fetch(sql, (*given.values(), reader.timestamp(asked.since)))
     return [
         Group(str(status), int(model_id), str(tenant), Totals(*map(int, counts)))

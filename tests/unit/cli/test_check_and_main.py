@@ -300,3 +300,21 @@ def test_the_file_may_be_named_before_and_after_a_command(node, capsys):
         assert main(argv) == 0
         tokens.append(capsys.readouterr().out)
     assert all(token.count(".") == 2 for token in tokens)
+
+
+def test_a_password_in_a_file_that_every_user_may_read_is_a_warning(node, capsys):
+    sink = (f"sqlite:///{node.root}/state/t.db", "mysql://u:hush-hush@db.example.com/d")
+    node.path.write_text("")
+    for mode, words in ((0o600, []), (0o640, []), (0o644, ["password_file", "mode 0644", "telemetry.sink"])):
+        node.path.chmod(mode)
+        assert node.check(sink) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("warning" if words else f"{node.path}: no findings")
+        assert [word for word in words if word not in out] == []
+        assert "hush-hush" not in out
+
+
+def test_certificates_of_a_database_are_looked_at(node, capsys):
+    for path, words in ((f"{node.root}/none.pem", "No such file"), (str(node.root / "key"), "no certificate in PEM")):
+        assert node.check((f"sqlite:///{node.root}/state/t.db", f"mysql://u@h/d?ssl_ca={path}")) == 1
+        assert words in capsys.readouterr().out

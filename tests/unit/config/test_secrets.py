@@ -221,8 +221,8 @@ def test_a_password_that_every_user_may_read_is_an_error_and_one_for_the_group_a
     assert (secrets.telemetry_password, warning.severity) == (Secret(b"hush"), "warning")
 
 
-@pytest.mark.parametrize("value", [b"", b"\n", b"one\ntwo\n", b"a\0b"])
-def test_a_password_is_one_line(tmp_path, value):
+@pytest.mark.parametrize("value", [b"", b"\n", b"one\ntwo\n", b"a\0b", b"two\xff"])
+def test_a_password_is_one_line_of_text(tmp_path, value):
     (found,) = errors(with_password(keep(tmp_path / "p", value)))
     assert "two" not in found.text()
 

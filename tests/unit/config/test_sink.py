@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxyd.config.sink import has_password
+from proxyd.config.sink import ca_file, has_password
 from tests.unit.config.texts import MINIMAL, only, valid
 
 
@@ -22,6 +22,7 @@ def config(sink: str) -> str:
         "mysql:///d?unix_socket=/run/mysqld/mysqld.sock",
         "mysql://u:p@/d?unix_socket=/run/m.sock",
         "mysql:///d?unix_socket=%2Frun%2Fm.sock",
+        "mysql://u@h/d?ssl_ca=/etc/ssl/certs/ca.pem",
     ],
 )
 def test_these_are_sinks(sink):
@@ -63,6 +64,11 @@ def test_these_are_sinks(sink):
         ("mysql:///d?socket=/s", "another option"),
         ("mysql://u:hush@h/d?charset=utf8", "another option"),
         ("mysql:///d?unix_socket=/a&unix_socket=/b", "another option"),
+        ("mysql:///d?unix_socket=/a&ssl_ca=/b", "another option"),
+        ("mysql:///d?ssl_ca=/b", "neither a host nor a unix_socket"),
+        ("mysql://u@h/d?ssl_ca=b", "is not absolute"),
+        ("mysql://u:hush%00@h/d", "holds %00"),
+        ("mysql://u:hush%ff@h/d", "holds %00"),
         ("mysql://u:hush@h/" + "d" * 65, "more than 64"),
     ],
 )
@@ -82,3 +88,8 @@ def test_a_sink_that_is_no_text_is_refused():
 def test_who_holds_a_password():
     assert has_password("mysql://u:p@h/d")
     assert not any(map(has_password, ["mysql://u@h/d", "mysql://u:@h/d", "mysql:///d?unix_socket=/s", "sqlite:///a:b@c"]))
+
+
+def test_who_names_certificates():
+    assert ca_file("mysql://u@h/d?ssl_ca=/etc/a%20b.pem") == "/etc/a b.pem"
+    assert not any(map(ca_file, ["mysql://u@h/d", "mysql:///d?unix_socket=/s", "sqlite:////x?ssl_ca=/y"]))
