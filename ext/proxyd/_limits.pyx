@@ -237,7 +237,7 @@ cdef class Tenant:
         untouched. `high` grows before a permit is taken: who reclaims up to it misses none.
 
         One walk is no proof that all were taken: a permit may come free behind it and another go before it. -1 comes
-        after two walks that saw the same words, none free: all were taken at the instant between them (one that was given
+        after two walks that saw the same words, none free: all were taken at the instant between them (one given
         back and taken again has another sequence). While permits change hands it walks again: WALK words, or 8 walks.
         """
         cdef Py_ssize_t i, at, bound = self._bound(limit), walked = 0
