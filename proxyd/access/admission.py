@@ -1,34 +1,67 @@
-"""May this session do this now: the model it asks for, the tokens it has left.
+"""May this session do this now: the model it asks for, the tokens it has left, what its tenant may do at once and a
+minute.
 
-Owns: the order of the questions, the refusals, and the Ticket that an admitted request holds until it ends. Must
-not know: how spending is counted or shared (the ledger does), HTTP, prompts.
+Owns: the order of the questions, the refusals, and the Ticket that an admitted request holds until it ends. Must not
+know: how the ledger counts across processes, who reads the store, HTTP, prompts.
 
-    admit -> model allowed for this token?  403 model_not_allowed
-          -> tokens left of quota_remaining? 429 quota_exceeded      the token's own quota less what was spent since iat
-          -> window below quota.tokens?      429 quota_exceeded      when configured
+    admit -> model allowed for this token?            403 model_not_allowed
+          -> tokens left of quota and window?         429 quota_exceeded               access/quota.py
+          -> a permit of the tenant's free?           429 concurrency_limit_exceeded
+          -> one more request in this minute?         429 rate_limit_exceeded
+          -> its tokens, too?                         429 rate_limit_exceeded
           -> Ticket (OPEN) --settle(tokens)--> SETTLED
-                           --refund()--------> REFUNDED              both absorb; the first call wins
+                           --refund()--------> REFUNDED      both absorb; the first call wins
 
-Retry-After. A spent token stays spent: only a new one helps, and when the site mints it we cannot know, so a client
-is told to come back with one in the time the token has left, a minute at most. A used-up window has a real end, and
-that is said. Both carry `x-should-retry: false`, or the SDKs would knock twice more with the same token.
+    a ticket holds:  held      of the user: the larger of its reservation and what it used so far
+                     running   of the user: what it used so far
+                     booked    in the tenant's minute: as held; the rest is added, or taken back, when it ends
+                     permit    of the tenant, until release() or the end
+
+A refused request consumes nothing: what was taken before the refusal is given back at once. Nothing here waits: where
+the store must be read first, NeedsReading says what, the caller waits and asks once more with may_wait=False, and then
+is decided on what is known. A request reserves its prompt's estimate and the completion to expect: the user's average,
+FIRST_COMPLETION before there is one, never more than the request's own max_tokens.
+
 A model that is not configured is a 404 and not this room's question: ask it first.
 """
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
+from collections.abc import Callable
 from enum import Enum, auto
+from typing import NamedTuple
 
 from proxyd.access.cookies import Via
-from proxyd.access.ledger import Ledger, LocalLedger, Reservation
+from proxyd.access.quota import NO_RETRY, Kind, Line, Times, age_ms, decide_refusal, left_of, must_read
 from proxyd.access.session import Session
 from proxyd.clock import Clock
 from proxyd.config.schema import Config
 from proxyd.errors import Refusal
+from proxyd.shm.ledger import Account, SlotLedger, Tenant
+from proxyd.shm.metrics import Metrics
 
-MAX_RETRY_AFTER_S = 60
-_NO_RETRY = (("x-should-retry", "false"),)
+__all__ = ["Admission", "NeedsReading", "Ticket", "TicketState"]
+
+# Completion tokens to expect of a user who has none behind him yet. Half lets more of a new user's requests start side
+# by side than a small quota pays for; twice refuses the second of two short ones.
+FIRST_COMPLETION = 256
+# What a client that finds all permits taken waits when nobody has given one back yet.
+UNKNOWN_WAIT_S = 10
+# Sessions whose first sight is remembered: while the store cannot be read only, 100 bytes each.
+MAX_FIRST_SEEN = 10_000
+
+
+class NeedsReading(Exception):
+    """The store has to be asked before this can be decided: for the user's window since `window_since` (wall s), for
+    what he spent since `token_iat`; None of either: not asked for."""
+
+    def __init__(self, user_id: int, window_since: float | None, token_iat: int | None) -> None:
+        super().__init__(user_id, window_since, token_iat)
+        self.user_id = user_id
+        self.window_since = window_since
+        self.token_iat = token_iat
 
 
 class TicketState(Enum):
@@ -39,103 +72,343 @@ class TicketState(Enum):
     REFUNDED = auto()
 
 
+class TenantRules(NamedTuple):
+    """The limits of one tenant; 0 is none."""
+
+    streams: int
+    requests: int
+    tokens: int
+
+
+class _Minute:
+    """What one ticket has booked in its tenant's sliding minute."""
+
+    __slots__ = ("_at_ms", "_grown", "_grown_at_ms", "_reserved", "_tenant")
+
+    def __init__(self, tenant: Tenant, reserved: int, at_ms: int) -> None:
+        self._tenant = tenant
+        self._reserved, self._at_ms = reserved, at_ms
+        self._grown, self._grown_at_ms = 0, at_ms
+
+    def grow(self, tokens: int, now_ms: int) -> None:
+        """`tokens` so far: what passes the reservation counts from now on."""
+        more = tokens - self._reserved - self._grown
+        if more > 0:
+            self._tenant.tokens.add(more, now_ms)
+            self._grown, self._grown_at_ms = self._grown + more, now_ms
+
+    def end(self, tokens: int, now_ms: int) -> None:
+        """`tokens` in all: too much is taken back from where it was counted."""
+        self.grow(tokens, now_ms)
+        from_growth = min(self._grown, self._reserved + self._grown - tokens)
+        if from_growth > 0:
+            self._tenant.tokens.add(-from_growth, self._grown_at_ms)
+        if tokens < self._reserved:
+            self._tenant.tokens.add(tokens - self._reserved, self._at_ms)
+
+
 class Ticket:
     """The right to make one request. End it with `settle` or `refund`; further calls do nothing."""
 
-    __slots__ = ("_reservation", "session", "state")
+    __slots__ = (
+        "_account", "_admission", "_held", "_minute", "_permit", "_prompt", "_reserved", "_running", "_started_ms",
+        "_tenant", "session", "state",
+    )  # fmt: skip
 
-    def __init__(self, session: Session, reservation: Reservation) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        session: Session,
+        *,
+        account: Account | None = None,
+        prompt_tokens: int = 0,
+        reserved: int = 0,
+        tenant: Tenant | None = None,
+        permit: int = -1,
+        minute: _Minute | None = None,
+        started_ms: int = 0,
+    ) -> None:
+        """`account` is None for what no quota counts, `tenant` where the tenant has no limits."""
         self.session = session
         self.state = TicketState.OPEN
-        self._reservation = reservation
+        self._admission = admission
+        self._account = account
+        self._prompt = prompt_tokens
+        self._reserved = self._held = reserved
+        self._running = 0
+        self._tenant = tenant
+        self._permit = permit
+        self._minute = minute
+        self._started_ms = started_ms
+        if account is not None and reserved:
+            account.add(held=reserved)
+
+    def progress(self, tokens_so_far: int) -> bool:
+        """What it used so far, prompt and completion. False: the user is over a line; end the answer."""
+        if self.state is not TicketState.OPEN:
+            return True
+        if self._minute is not None:
+            self._minute.grow(tokens_so_far, self._admission.now_ms())
+        if self._account is None:
+            return True
+        held = max(self._reserved, tokens_so_far)
+        self._account.add(held=held - self._held, running=tokens_so_far - self._running)
+        self._held, self._running = held, tokens_so_far
+        left = self.tokens_left()
+        return left is None or left >= 0
+
+    def tokens_left(self) -> int | None:
+        """Until the user's nearer line, by what all his requests used so far; None without one. May be negative."""
+        if self._account is None:
+            return None
+        return self._admission.left(self.session, self._account)
+
+    def release(self) -> None:
+        """Gives the permit back: the upstream has answered, the next may come. Repeats do nothing."""
+        permit, self._permit = self._permit, -1
+        if permit >= 0 and self._tenant is not None:
+            self._tenant.learn_ms(max(0, self._admission.now_ms() - self._started_ms))
+            self._tenant.release(permit)
 
     def settle(self, tokens: int) -> None:
         """The request ended having spent `tokens`, prompt and completion together."""
         assert tokens >= 0, tokens
-        if self.state is TicketState.OPEN:
-            self.state = TicketState.SETTLED
-            self._reservation.settle(tokens)
+        if self.state is not TicketState.OPEN:
+            return
+        self._end(TicketState.SETTLED, tokens)
+        if self._account is not None:
+            self._account.learn_completion(max(0, tokens - self._prompt))
+        if self._minute is not None and self._tenant is not None:
+            self._tenant.learn_tokens(tokens)
 
     def refund(self) -> None:
         """The request ended without costing anything."""
         if self.state is TicketState.OPEN:
-            self.state = TicketState.REFUNDED
-            self._reservation.refund()
+            self._end(TicketState.REFUNDED, 0)
 
-
-class _Nothing:
-    """The reservation of a session nobody counts (auth.mode "off")."""
-
-    __slots__ = ()
-
-    def settle(self, tokens: int) -> None:
-        pass
-
-    def refund(self) -> None:
-        pass
-
-
-_NOTHING = _Nothing()
+    def _end(self, state: TicketState, tokens: int) -> None:
+        self.state = state
+        now_ms = self._admission.now_ms()
+        if self._account is not None:
+            self._account.add(held=-self._held, running=-self._running, settled=tokens, at_ms=now_ms)
+        if self._minute is not None:
+            self._minute.end(tokens, now_ms)
+        self.release()
 
 
 class Admission:
-    """Admits requests for one worker. `ledger` counts; by default the one of this process."""
+    """Admits requests for one worker, by the ledger that all workers share. `refresh` is called with a user, a window's
+    beginning and an iat (None: not asked for) whose last reading is older than quota.refresh; it must not wait.
+    `started_at` (wall s): when the ledger began to count."""
 
-    __slots__ = ("_clock", "_ledger", "_window_s", "_window_tokens")
+    __slots__ = (
+        "_by_store", "_clock", "_first_seen", "_general", "_ledger", "_locally", "_refresh", "_refresh_ms", "_rules",
+        "_started_at", "_window_s", "_window_tokens",
+    )  # fmt: skip
 
-    def __init__(self, config: Config, clock: Clock, *, ledger: Ledger | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        ledger: SlotLedger,
+        metrics: Metrics,
+        *,
+        refresh: Callable[[int, float | None, int | None], None] = lambda user_id, window_since, token_iat: None,
+        started_at: float = 0.0,
+    ) -> None:
         self._clock = clock
-        self._ledger: Ledger = LocalLedger(clock) if ledger is None else ledger
+        self._ledger = ledger
+        self._refresh = refresh
+        self._started_at = started_at
         self._window_s = config.quota.window
         self._window_tokens = config.quota.tokens
+        self._refresh_ms = config.quota.refresh * 1000
+        limits = config.limits
+        self._general = TenantRules(limits.concurrent_streams, limits.requests_per_minute, limits.tokens_per_minute)
+        self._rules = {name: TenantRules(*limits.for_tenant(name)) for name in limits.tenants}
+        self._first_seen: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._by_store = metrics.counter("proxyd_quota_decisions_total", basis="store")
+        self._locally = metrics.counter("proxyd_quota_decisions_total", basis="local")
 
-    def admit(self, session: Session, ask_model: str, *, estimate_tokens: int = 0) -> Ticket:
-        """Lets the session ask for the configured model `ask_model`. Raises Refusal 403 or 429.
+    def now_ms(self) -> int:
+        """The clock that all processes share, as the ledger counts it."""
+        return int(self._clock.monotonic() * 1000)
 
-        `estimate_tokens` is held until the ticket ends, so that requests running side by side do not all pass on
-        the same last tokens. Called and answered in one turn of the loop: nothing can come between the decision and
-        the reservation.
+    def admit(
+        self,
+        session: Session,
+        model: str,
+        *,
+        prompt_tokens: int = 0,
+        max_tokens: int | None = None,
+        counts: bool = True,
+        may_wait: bool = False,
+    ) -> Ticket:
+        """Lets the session ask for the configured model. Raises Refusal 403 or 429, or NeedsReading with `may_wait`.
+
+        `counts` is False for what costs no tokens (count_tokens): then only requests_per_minute counts. Called and
+        answered in one turn of the loop: of this worker's own requests none comes between the look and the
+        reservation, so N workers can let at most N - 1 requests too many begin.
         """
-        if session.models is not None and ask_model not in session.models:
+        if session.models is not None and model not in session.models:
             raise Refusal(
-                403, "model_not_allowed", "This session may not use this model.", param="model", headers=_NO_RETRY
+                403, "model_not_allowed", "This session may not use this model.", param="model", headers=NO_RETRY
             )
-        if session.via is Via.OFF:
-            return Ticket(session, _NOTHING)
-        self._check_quota(session)
-        self._check_window(session)
-        return Ticket(session, self._ledger.reserve(session, estimate_tokens))
+        account: Account | None = None
+        reserved = 0
+        if counts and session.via is not Via.OFF:
+            account = self._ledger.account(session.user_id)
+            self._check_quota(session, account, may_wait)
+            reserved = prompt_tokens + _expected(account.average_completion, max_tokens)
+        rules = self._rules.get(session.tenant, self._general)
+        if not any(rules):
+            return Ticket(self, session, account=account, prompt_tokens=prompt_tokens, reserved=reserved)
+        return self._admit_tenant(session, rules, account, prompt_tokens, reserved, max_tokens, counts)
 
-    def tokens_left(self, session: Session) -> int | None:
-        """What the session may still spend, requests under way deducted; None without a limit. May be negative."""
-        if session.quota_remaining is None:
-            return None
-        # Without iat nobody knows when the quota was counted: all that this process saw since counts.
-        since = 0.0 if session.issued_at is None else session.issued_at
-        return session.quota_remaining - self._ledger.spent_since(session, since)
+    # -- the tenant's limits -------------------------------------------------------------------------------------
 
-    def _check_quota(self, session: Session) -> None:
-        left = self.tokens_left(session)
-        if left is None or left > 0:
-            return
-        token_left_s = math.ceil(session.expires_at - self._clock.wall())
-        raise Refusal(
-            429,
-            "quota_exceeded",
-            "This session has no tokens left; come back with a new session.",
-            retry_after_s=min(token_left_s, MAX_RETRY_AFTER_S),
-            headers=_NO_RETRY,
+    def _admit_tenant(
+        self,
+        session: Session,
+        rules: TenantRules,
+        account: Account | None,
+        prompt_tokens: int,
+        reserved: int,
+        max_tokens: int | None,
+        counts: bool,
+    ) -> Ticket:
+        """Takes a permit, a request and its tokens; all or nothing."""
+        tenant = self._ledger.tenant(session.tenant)
+        now = self._clock.monotonic()
+        now_ms = int(now * 1000)
+        permit = -1
+        if counts and rules.streams:
+            permit = tenant.acquire(rules.streams, int(now))
+            if permit < 0:
+                raise _too_many(tenant, rules.streams, now)
+        if rules.requests and not tenant.requests.try_add(1, rules.requests, now_ms):
+            if permit >= 0:
+                tenant.release(permit)
+            wait_ms = tenant.requests.wait_ms(1, rules.requests, now_ms)
+            raise _too_fast("requests", "This tenant may make no more requests in this minute.", wait_ms)
+        minute: _Minute | None = None
+        if counts and rules.tokens:
+            booked = max(1, prompt_tokens + _expected(self._average(account, tenant, prompt_tokens), max_tokens))
+            if not tenant.tokens.try_add(booked, rules.tokens, now_ms):
+                if permit >= 0:
+                    tenant.release(permit)
+                if rules.requests:
+                    tenant.requests.add(-1, now_ms)
+                wait_ms = tenant.tokens.wait_ms(booked, rules.tokens, now_ms)
+                raise _too_fast("tokens", "This tenant has used its tokens of this minute.", wait_ms)
+            minute = _Minute(tenant, booked, now_ms)
+        return Ticket(
+            self,
+            session,
+            account=account,
+            prompt_tokens=prompt_tokens,
+            reserved=reserved,
+            tenant=tenant,
+            permit=permit,
+            minute=minute,
+            started_ms=now_ms,
         )
 
-    def _check_window(self, session: Session) -> None:
-        if self._window_tokens <= 0:
+    @staticmethod
+    def _average(account: Account | None, tenant: Tenant, prompt_tokens: int) -> int | None:
+        """The completion to expect in the tenant's minute: a user nobody knows yet is like his tenant's others."""
+        if account is not None and account.average_completion is not None:
+            return account.average_completion
+        tokens = tenant.average_tokens
+        return None if tokens is None else max(0, tokens - prompt_tokens)
+
+    # -- the user's quota ----------------------------------------------------------------------------------------
+
+    def _check_quota(self, session: Session, account: Account, may_wait: bool) -> None:
+        """Raises Refusal 429 or NeedsReading."""
+        sums = account.sums()
+        lines = self._lines(session, account, sums.settled)
+        if not lines:
             return
-        wait_s = self._ledger.seconds_until_below(session, self._window_tokens, self._window_s)
-        if wait_s > 0:
-            raise Refusal(
-                429,
-                "quota_exceeded",
-                "This user's tokens for the rolling window are used up.",
-                retry_after_s=math.ceil(wait_s),
-                headers=_NO_RETRY,
-            )
+        now, now_ms = self._clock.wall(), self.now_ms()
+        times = Times(now, session.expires_at, self._window_s)
+        refusal = decide_refusal(lines, sums.held, times)
+        window_since = now - self._window_s if self._window_tokens else None
+        iat = _iat(session)
+        if may_wait and account.is_shared and must_read(lines, refusal is not None, now_ms):
+            raise NeedsReading(session.user_id, window_since, iat)
+        age = age_ms(lines, now_ms)
+        if age > self._refresh_ms and account.is_shared and (window_since is not None or iat is not None):
+            self._refresh(session.user_id, window_since, iat)
+        # Twice, for a reading is asked for only when somebody comes, and a second for its way.
+        (self._by_store if age <= 2 * self._refresh_ms + 1000 else self._locally).add(1)
+        if refusal is not None:
+            raise refusal
+
+    def left(self, session: Session, account: Account) -> int | None:
+        """Tokens until the nearer line, by what the user's requests under way used so far; None without a line."""
+        sums = account.sums()
+        return left_of(self._lines(session, account, sums.settled), sums.running)
+
+    def _lines(self, session: Session, account: Account, settled: int) -> list[Line]:
+        """The user's lines, with what the ledger knows of them now. `settled`: spent here by requests that ended."""
+        lines: list[Line] = []
+        if self._window_tokens:
+            known = account.window
+            if known is None:
+                lines.append(Line(Kind.WINDOW, self._window_tokens, settled))
+            else:
+                spent = max(0, known.base + settled)
+                lines.append(Line(Kind.WINDOW, self._window_tokens, spent, known.at_ms, known.free_at))
+        quota = session.quota_remaining
+        if quota is not None:
+            iat = _iat(session)
+            known = account.token(iat) if iat is not None else None
+            if known is not None:
+                lines.append(Line(Kind.TOKEN, quota, max(0, known.base + settled), known.at_ms))
+            else:
+                before = 0 if iat is None else self._before(session.user_id, iat, settled)
+                spent = max(0, settled - before)
+                lines.append(Line(Kind.TOKEN, quota, spent, is_readable=iat is not None))
+        return lines
+
+    def _before(self, user_id: int, iat: int, settled: int) -> int:
+        """What the user had spent here before this session was issued, for as long as the store has not told: all that
+        was known when this worker first saw it. Nothing, if the session is older than the ledger."""
+        if iat <= self._started_at:
+            return 0
+        key = (user_id, iat)
+        seen = self._first_seen.get(key)
+        if seen is None:
+            seen = self._first_seen[key] = settled
+            if len(self._first_seen) > MAX_FIRST_SEEN:
+                self._first_seen.popitem(last=False)
+        return seen
+
+
+def _iat(session: Session) -> int | None:
+    """The whole second from which the session's quota counts; None where there is none, or nobody knows."""
+    return None if session.quota_remaining is None or session.issued_at is None else int(session.issued_at)
+
+
+def _expected(average: int | None, max_tokens: int | None) -> int:
+    """The completion to set aside for a request."""
+    expected = FIRST_COMPLETION if average is None else average
+    return expected if max_tokens is None else min(expected, max_tokens)
+
+
+def _too_many(tenant: Tenant, limit: int, now: float) -> Refusal:
+    average_ms = tenant.average_ms
+    wait_s = UNKNOWN_WAIT_S
+    if average_ms is not None:
+        wait_s = math.ceil(average_ms / 1000 - (now - tenant.oldest_start(limit)))
+    return Refusal(
+        429,
+        "concurrency_limit_exceeded",
+        f"This tenant has {limit} requests under way, which is all it may have at once.",
+        retry_after_s=wait_s,
+    )
+
+
+def _too_fast(reason: str, message: str, wait_ms: int) -> Refusal:
+    return Refusal(429, "rate_limit_exceeded", message, retry_after_s=math.ceil(wait_ms / 1000), reason=reason)

@@ -26,10 +26,12 @@ from proxyd.host.systemd import Notifier
 from proxyd.log import Log
 from proxyd.master.main import Master, MasterSpec
 from proxyd.shm.beats import Beat
+from proxyd.shm.ledger import Ledger
 from proxyd.shm.region import Region
 from proxyd.shm.revocations import RevocationRing
 from proxyd.store.revocations import RevocationFile, RevocationFileError
 from proxyd.telemetry import writer
+from proxyd.telemetry.questions import Channel
 from proxyd.telemetry.segment import SpoolError, ensure_spool_dir
 from proxyd.worker.main import Context, Services, run_telemetry, run_worker
 from proxyd.worker.services import Blueprint, build
@@ -73,7 +75,9 @@ def run(
         listeners.unlink()
         listeners.close()
         return fail("proxyd", 1, str(error))
-    blueprint = Blueprint(config, secrets, listeners, page_cookie)
+    ledger = Ledger.create(server.workers, permits=config.limits.most_streams)
+    questions = Channel.create(server.workers)
+    blueprint = Blueprint(config, secrets, listeners, ledger, questions, page_cookie)
 
     def worker(birth: Birth) -> int:
         async def build_services(context: Context) -> Services:
@@ -84,7 +88,18 @@ def run(
     def telemetry(birth: Birth) -> int:
         async def serve(context: Context, stop: asyncio.Event) -> None:
             beat = Beat(region, birth.slot)
-            await writer.run(config, secrets, context.metrics, context.log, stop, clock=context.clock, enter=beat.enter)
+            await writer.run(
+                config,
+                secrets,
+                context.metrics,
+                context.log,
+                stop,
+                clock=context.clock,
+                enter=beat.enter,
+                ledger=ledger,
+                questions=questions,
+                started_at=region.started_at,
+            )
 
         return run_telemetry(birth, region, log, serve)
 
@@ -98,8 +113,16 @@ def run(
         drain_timeout_s=server.drain_timeout,
         notifier=Notifier(os.environ),
         on_ready=lambda: _tell_ready(config, listeners, log, on_ready),
+        on_worker_gone=lambda slot: _reclaim(ledger, slot, log),
     )
     return Master(spec, log).run()
+
+
+def _reclaim(ledger: Ledger, slot: int, log: Log) -> None:
+    """What a dead worker's requests held is free again."""
+    freed = ledger.reclaim(slot)
+    if freed:
+        log.info("permits_freed", slot=slot, permits=freed)
 
 
 def _tell_ready(config: Config, listeners: Listeners, log: Log, on_ready: Callable[[], None]) -> None:

@@ -3,19 +3,26 @@
 Owns: who may ask for what (through access), the set of live calls and streams, draining and revocation, the coarse
 time. Must not know: how a request came in or how a stream is relayed; those are `front` and `exchange`.
 
+    serve -> authorize, parse, admit -> Call                                    all in one turn of the loop
+                 |               '-- NeedsReading: the store is asked (50 ms at most), then once more, without waiting
+                 '-- UnknownKey: its key is fetched, then once more
+
 Invariants: every admitted request is in exactly one of `_calls`, `_streams` until its transaction is finished, and
-`live` is their number; nothing that is refused before admission has a row, everything after it has exactly one.
+`live` is their number; nothing that is refused before admission has a row, everything after it has exactly one. A
+request that waits has consumed nothing: its client may leave, the drain's end answers it 503, and its session is looked
+at anew when the wait is over.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from proxyd._relay import Engine
-from proxyd.access.admission import Admission
+from proxyd.access.admission import Admission, NeedsReading, Ticket
 from proxyd.access.origin import OriginPolicy, forwarded_scheme
 from proxyd.access.session import Session, Sessions, UnknownKey
 from proxyd.clock import Clock
@@ -33,7 +40,7 @@ from proxyd.relay.deadlines import Limits
 from proxyd.relay.exchange import Stream
 from proxyd.relay.flow import Call
 from proxyd.relay.instruments import Instruments
-from proxyd.relay.outcome import Transaction
+from proxyd.relay.outcome import CLIENT_LEFT, Transaction
 from proxyd.relay.states import Cause
 from proxyd.shm.metrics import Metrics
 from proxyd.upstream.connection import Connection
@@ -41,7 +48,28 @@ from proxyd.upstream.origin import Origin
 from proxyd.upstream.upstreams import Upstreams
 from proxyd.wire.head import Headers
 
-__all__ = ["Relay"]
+__all__ = ["Relay", "Waits"]
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """What a request may wait for before it is admitted, each once and each with a bound of its own.
+
+    keys: until the fetch of a token's key has ended. reading: until the ledger has been written from the store; False
+    when it was not. recheck: called when a wait is over, before the session is looked at again."""
+
+    keys: Callable[[], Awaitable[None]] | None = None
+    reading: Callable[[int, float | None, int | None], Awaitable[bool]] | None = None
+    recheck: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """How far a request has come: what it may still wait for, and its body when that has been read."""
+
+    may_wait_keys: bool = True
+    may_wait_reading: bool = True
+    ask: Ask | None = None
 
 
 class Relay:
@@ -59,11 +87,11 @@ class Relay:
         admission: Admission,
         upstreams: Upstreams,
         book: Book,
-        wait_for_keys: Callable[[], Awaitable[None]] | None = None,
+        waits: Waits | None = None,
     ) -> None:
         self._loop = loop
-        self._wait_for_keys = wait_for_keys
-        self._waiting: set[asyncio.Task[None]] = set()
+        self._waits = Waits() if waits is None else waits
+        self._waiting: dict[asyncio.Task[None], Callable[[Refusal], None]] = {}
         self._config = config
         self._clock = clock
         self._sessions = sessions
@@ -109,7 +137,10 @@ class Relay:
 
     def interrupt(self) -> int:
         """The drain is over: every stream gets its error event, every call a 503; how many there were."""
-        count = self.live
+        count = self.live + len(self._waiting)
+        for task, refuse in list(self._waiting.items()):
+            task.cancel()
+            refuse(Refusal(503, "draining", "This node is restarting.", retry_after_s=1, close=True))
         for call in list(self._calls.values()):
             call.stop(Cause.DRAINED)
         for stream in list(self._streams.values()):
@@ -158,39 +189,66 @@ class Relay:
 
     def serve(self, client: ClientConnection, request: Request) -> None:
         """One complete request on a relay route: refused at once, or admitted and begun."""
-        self._serve(client, request, may_wait=True)
+        self._serve(client, request, _Turn())
 
-    def _serve(self, client: ClientConnection, request: Request, *, may_wait: bool) -> None:
+    def _serve(self, client: ClientConnection, request: Request, turn: _Turn) -> None:
         route = Route(request.head.path)
         session: Session | None = None
+        ask = turn.ask
         try:
             session, cors = self.authorize(request)
-            ask = parse_ask(route, request.body)
+            if ask is None:
+                ask = parse_ask(route, request.body)
             model = self._choose_model(ask)
             if self._book.broken_reason is not None:
                 raise Refusal(
                     503, "spool_unavailable", "Requests cannot be accounted for at the moment.", retry_after_s=5
                 )
-            prompt_estimate = estimate(ask.prompt_text_bytes) if route is not Route.COUNT_TOKENS else 0
-            ticket = self._admission.admit(session, ask.model or model.name, estimate_tokens=prompt_estimate)
-            if ask.model is None:
-                ask = replace(ask, model=model.name)
+            is_billed = route is not Route.COUNT_TOKENS
+            prompt_estimate = estimate(ask.prompt_text_bytes) if is_billed else 0
+            ticket = self._admission.admit(
+                session,
+                ask.model or model.name,
+                prompt_tokens=prompt_estimate,
+                max_tokens=0 if route is Route.EMBEDDINGS else ask.max_tokens,
+                counts=is_billed,
+                may_wait=turn.may_wait_reading and self._waits.reading is not None,
+            )
+        except NeedsReading as needed:
+            assert self._waits.reading is not None, "may_wait said so"
+            wait = partial(self._waits.reading, needed.user_id, needed.window_since, needed.token_iat)
+            self._serve_later(client, request, replace(turn, may_wait_reading=False, ask=ask), wait)
+            return
         except Refusal as refusal:
-            if may_wait and isinstance(refusal, UnknownKey) and refusal.is_pending and self._wait_for_keys is not None:
-                task = self._loop.create_task(self._serve_with_new_keys(client, request, self._wait_for_keys))
-                self._waiting.add(task)
-                task.add_done_callback(self._waiting.discard)
-
-                def give_up() -> None:
-                    task.cancel()
-
-                client.on_gone = give_up
+            is_pending = isinstance(refusal, UnknownKey) and refusal.is_pending
+            if is_pending and turn.may_wait_keys and self._waits.keys is not None:
+                self._serve_later(client, request, replace(turn, may_wait_keys=False), self._waits.keys)
                 return
             self._refused(client, request, route, session, refusal)
             return
+        if ask.model is None:
+            ask = replace(ask, model=model.name)
+        try:
+            self._begin(client, request, session, cors, ask, model, prompt_estimate, ticket)
+        except BaseException:
+            ticket.refund()
+            raise
+
+    def _begin(
+        self,
+        client: ClientConnection,
+        request: Request,
+        session: Session,
+        cors: Headers,
+        ask: Ask,
+        model: ModelConfig,
+        prompt_estimate: int,
+        ticket: Ticket,
+    ) -> None:
+        """An admitted request becomes a transaction and a call."""
         transaction = Transaction(
             request_id=request.request_id,
-            route=route.value,
+            route=ask.route.value,
             session=session,
             model_name=model.name,
             model_id=model.id,
@@ -212,13 +270,36 @@ class Relay:
         self._calls[transaction] = call
         call.start(self._loop)
 
-    async def _serve_with_new_keys(
-        self, client: ClientConnection, request: Request, wait: Callable[[], Awaitable[None]]
+    def _serve_later(
+        self, client: ClientConnection, request: Request, turn: _Turn, wait: Callable[[], Awaitable[object]]
     ) -> None:
-        """The token names a key that is being fetched: once more when it has come, or has not."""
+        """Once more when `wait` is over; never, if the client leaves meanwhile."""
+        route = Route(request.head.path)
+        refuse = partial(self._refused, client, request, route, None)
+        task = self._loop.create_task(self._resume(client, request, turn, wait))
+        self._waiting[task] = refuse
+
+        def on_done(task: asyncio.Task[None]) -> None:
+            self._waiting.pop(task, None)
+            error = None if task.cancelled() else task.exception()
+            if error is not None:
+                self.log.error("call_failed", request_id=request.request_id, error=repr(error))
+                refuse(Refusal(500, "internal_error", "The request could not be served.", close=True))
+
+        def on_gone() -> None:
+            task.cancel()
+            self._told(request, route, None, CLIENT_LEFT, Cause.CLIENT_GONE.value)
+
+        task.add_done_callback(on_done)
+        client.on_gone = on_gone
+
+    async def _resume(
+        self, client: ClientConnection, request: Request, turn: _Turn, wait: Callable[[], Awaitable[object]]
+    ) -> None:
         await wait()
         client.on_gone = None
-        self._serve(client, request, may_wait=False)
+        self._waits.recheck()
+        self._serve(client, request, turn)
 
     def _choose_model(self, ask: Ask) -> ModelConfig:
         """The configured model that answers. Raises Refusal 404, or 400 where the site's route needs a name."""
@@ -249,21 +330,27 @@ class Relay:
         self, client: ClientConnection, request: Request, route: Route, session: Session | None, refusal: Refusal
     ) -> None:
         client.refuse(refusal, self.cors(request.head.headers))
-        self._instruments.request(route.value, refusal.status)
+        self._told(request, route, session, refusal.status, refusal.cause, refusal.detail)
+
+    def _told(
+        self, request: Request, route: Route, session: Session | None, status: int, cause: str, detail: str = ""
+    ) -> None:
+        """Metric and access line of a request that was never admitted."""
+        self._instruments.request(route.value, status)
         fields: dict[str, Any] = {
             "request_id": request.request_id,
             "peer": request.peer,
             "route": route.value,
-            "status": refusal.status,
+            "status": status,
             "outcome": "rejected",
-            "cause": refusal.cause,
+            "cause": cause,
             "duration_ms": round((self._clock.monotonic() - request.received_at) * 1000),
         }
         if session is not None:
             fields["user"] = session.user_id
             fields["tenant"] = session.tenant
-        if refusal.detail:
-            fields["detail"] = refusal.detail
+        if detail:
+            fields["detail"] = detail
         self.log.access(fields)
 
     # -- what calls and streams use ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,8 @@ class AdminContext:
     """What the routes work with.
 
     revoke: publishes to every worker; raises ValueError or RevocationFull. kept: where revocations outlive the daemon.
-    leeway_s: how long after its `exp` a token is taken. is_node: False in a worker whose master is gone.
+    leeway_s: how long after its `exp` a token is taken. is_node: False in a worker whose master is gone. limits: the
+    status's member of that name; given the tenants that have streams now.
     """
 
     region: Region
@@ -70,6 +71,7 @@ class AdminContext:
     kept: RevocationFile
     leeway_s: float
     is_node: Callable[[], bool]
+    limits: Callable[[Iterable[str]], dict[str, Any]] = lambda streaming: {}
 
 
 _CONTEXT: web.AppKey[AdminContext] = web.AppKey("admin", AdminContext)
@@ -180,7 +182,7 @@ async def _status(request: web.Request) -> web.Response:
         percentiles=context.percentiles,
         time_wait=count_time_wait(),
     )
-    return _json(document)
+    return _json(document | {"limits": context.limits(document["streams"]["by_tenant"])})
 
 
 async def _revoke(request: web.Request) -> web.Response:

@@ -48,6 +48,7 @@ FAMILIES: dict[str, Family] = {
         "gauge", "0 closed, 1 half open, 2 open; the worst of the workers.", ("upstream",), highest=True
     ),
     "proxyd_tokens_total": Family("counter", "Tokens booked.", ("kind", "model")),
+    "proxyd_quota_decisions_total": Family("counter", "Decisions about a quota, by what was known.", ("basis",)),
     "proxyd_telemetry_rows_total": Family("counter", "Rows by what became of them.", ("state",)),
     "proxyd_telemetry_lag_seconds": Family("histogram", "A transaction's end to its row in the store."),
     "proxyd_telemetry_spool_bytes": Family("gauge", "Bytes that wait in the spool."),

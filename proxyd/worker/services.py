@@ -3,6 +3,7 @@
 Owns the wiring, the order of starting and ending, and the words of readiness. Must not know how any of it works.
 
     Acceptor -> Door -> Relay -> Upstreams          listeners of the slot, and of a vacant one (adopt)
+                  |       '--> Admission -> Ledger  shared by all workers; Asker has it read from the store
                   '---> Handoff -> WebServer        all other public routes
     admin listener -> AdminServer                   shared by all workers
     Relay -> SpoolWriter                            one row a transaction
@@ -30,18 +31,22 @@ from proxyd.front.request import Request
 from proxyd.front.states import State as ClientState
 from proxyd.front.wheel import Wheel
 from proxyd.host.sockets import Listeners
-from proxyd.relay.service import Relay
+from proxyd.relay.service import Relay, Waits
 from proxyd.shm.beats import Beat, State
+from proxyd.shm.ledger import Ledger
 from proxyd.shm.metrics import read
 from proxyd.shm.revocations import RevocationRing
 from proxyd.store.revocations import RevocationFile
+from proxyd.telemetry.questions import Channel
 from proxyd.telemetry.segment import ensure_spool_dir
 from proxyd.telemetry.spool import SpoolWriter
 from proxyd.upstream.upstreams import Upstreams
 from proxyd.web.admin import AdminContext, AdminServer
 from proxyd.web.app import Readiness, WebContext, WebServer
+from proxyd.web.limits_status import TotalsCache, limits_status
 from proxyd.web.status import store_trouble
 from proxyd.worker.adopt import Adoption
+from proxyd.worker.asking import Asker
 from proxyd.worker.book import SpoolBook
 from proxyd.worker.jwks import KeyFetcher
 from proxyd.worker.main import Context
@@ -59,6 +64,8 @@ class Blueprint:
     config: Config
     secrets: Secrets
     listeners: Listeners
+    ledger: Ledger
+    questions: Channel
     page_cookie: str = ""
     """The Set-Cookie value of the chat page's answer (the demo's session), or ""."""
 
@@ -72,9 +79,9 @@ class WorkerServices:
     """See worker.main.Services for what each public name means."""
 
     __slots__ = (
-        "_acceptor", "_admin", "_adoption", "_clock", "_context", "_door", "_is_last_read", "_keys", "_listeners",
-        "_log", "_metrics", "_relay", "_revocations", "_ring", "_spool", "_standing", "_ticks", "_upstreams",
-        "_web", "_wheel",
+        "_acceptor", "_admin", "_adoption", "_asker", "_clock", "_context", "_door", "_is_last_read", "_keys",
+        "_listeners", "_log", "_metrics", "_relay", "_revocations", "_ring", "_spool", "_standing", "_ticks", "_totals",
+        "_upstreams", "_web", "_wheel",
     )  # fmt: skip
 
     def __init__(self, context: Context, blueprint: Blueprint) -> None:
@@ -102,11 +109,17 @@ class WorkerServices:
             log,
             spool_max=config.telemetry.spool_max,
         )
-        admission = Admission(config, clock)
+        self._totals = totals = TotalsCache(blueprint.ledger)
+        share = blueprint.ledger.at(slot, context.birth.epoch)
+        telemetry = Beat(context.region, context.region.slots - 2)
+        self._asker = asker = Asker(
+            blueprint.questions.keep_asking(slot), loop, log, is_ready=lambda: telemetry.state is State.READY
+        )
+        admission = Admission(config, clock, share, metrics, refresh=asker.ask, started_at=context.region.started_at)
         book = SpoolBook(self._spool)
-        wait = keys.wait if keys is not None else None
+        waits = Waits(keys.wait if keys is not None else None, asker.read, self._maybe_learn_revocations)
         self._relay = Relay(
-            loop, config, clock, log, metrics, self._wheel, sessions, admission, self._upstreams, book, wait
+            loop, config, clock, log, metrics, self._wheel, sessions, admission, self._upstreams, book, waits
         )
         self._web = WebServer(
             WebContext(
@@ -162,6 +175,9 @@ class WorkerServices:
                 kept=RevocationFile(config.server.state_dir),
                 leeway_s=config.auth.leeway,
                 is_node=lambda: self._standing.has_master,
+                limits=lambda streaming: limits_status(
+                    totals.read(clock.monotonic()), share, config.limits, streaming, clock.monotonic()
+                ),
             )
         )
 
@@ -169,7 +185,7 @@ class WorkerServices:
         if self._keys is not None and self._keys.remote is not None:
             self._keys.remote.tick()
             await self._keys.wait()
-        self._learn_revocations()
+        self._maybe_learn_revocations()
         await self._web.start(self._context.loop)
         await self._admin.start(self._listeners.admin)
         self._acceptor.resume()
@@ -191,8 +207,7 @@ class WorkerServices:
         self._relay.tick(now)
         self._wheel.tick(now)
         self._adoption.pulse()
-        if self._ring.has_news():
-            self._learn_revocations()
+        self._maybe_learn_revocations()
         self._maybe_leave_node()
 
     def tick(self) -> None:
@@ -206,11 +221,12 @@ class WorkerServices:
     def _serve(self, conn: ClientConnection, request: Request) -> None:
         if self._standing.state is State.DRAINING:
             raise Refusal(503, "draining", "This server is shutting down.", retry_after_s=DRAIN_RETRY_S, close=True)
-        if self._ring.has_news():  # a revocation holds from the answer to it on, not from the next pulse
-            self._learn_revocations()
+        self._maybe_learn_revocations()  # one holds from the answer to it on, not from the next pulse
         self._relay.serve(conn, request)
 
-    def _learn_revocations(self) -> None:
+    def _maybe_learn_revocations(self) -> None:
+        if not self._ring.has_news():
+            return
         for entry in self._ring.take():
             try:
                 self._revocations.revoke(entry.kind.name.lower(), entry.value, entry.at, entry.until)
@@ -237,6 +253,7 @@ class WorkerServices:
         details: dict[str, object] = {
             "telemetry": Beat(self._context.region, slot).state.name.lower(),
             "spool_bytes": waiting,
+            "limits": self._totals.read(self._clock.monotonic()),
         }
         trouble = store_trouble(gauges)
         if trouble is not None:
@@ -303,6 +320,7 @@ class WorkerServices:
     async def close(self) -> None:
         self._relay.drop()
         self._door.close()
+        self._asker.close()
         if self._keys is not None:
             self._keys.close()
         await self._admin.stop()

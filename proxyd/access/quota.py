@@ -1,0 +1,122 @@
+"""What stands between a user and more tokens: the session's own quota and the ceiling of the rolling window.
+
+Owns: the lines that a user may not cross, how near it is to them, when they must be read from the store first, and in
+what words a request is refused. Pure: it is given what the ledger knows. Must not know: shared memory, stores, HTTP.
+
+    a line:   limit | spent for good ........ | held for requests under way ... | left
+              at admission:   spent + held    >= limit is refused
+              within answers: spent + running >  limit ends the answer          held is a forecast, running a count
+
+Whichever line leaves less decides. Three refusals, told apart by what would help:
+- only requests under way are in the way: they end, and may cost less than was set aside. Again in a second; SDKs may
+  do that by themselves;
+- the window is used up: it opens when its oldest tokens leave it, and that moment is told;
+- the session's own quota is spent: it stays spent. Only a new session helps, and when the site mints it we cannot
+  know, so a client is told to come back with one in the time this one has left, a minute at most.
+The last two carry `x-should-retry: false`, or the SDKs would knock twice more in vain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import Enum, auto
+from typing import NamedTuple
+
+from proxyd.errors import Refusal
+
+MAX_RETRY_AFTER_S = 60
+# Rows have whole seconds: a window's sum falls within the second behind the one that is told.
+WINDOW_MARGIN_S = 1
+# A refusal is decided on what was read at most this long ago. Half reads the store twice as often for a client that
+# knocks in vain; twice lets one whose window has just opened knock once more.
+REFUSAL_AGE_MS = 1000
+# The same where the store could not yet tell when a window opens, because its newest rows were still on their way.
+UNKNOWN_AGE_MS = 250
+NO_RETRY = (("x-should-retry", "false"),)
+
+
+class Kind(Enum):
+    """Which of the two ceilings a line is."""
+
+    WINDOW = auto()
+    TOKEN = auto()
+
+
+class Line(NamedTuple):
+    """One ceiling: `limit` tokens, of which `spent` are gone. `read_at_ms` (monotonic): when the store was last asked,
+    None for never. `free_at` (wall seconds): when a window that was full then opens again, 0 for unknown. A session
+    without `iat` has no line that the store could be asked for (`is_readable`)."""
+
+    kind: Kind
+    limit: int
+    spent: int
+    read_at_ms: int | None = None
+    free_at: int = 0
+    is_readable: bool = True
+
+
+class Times(NamedTuple):
+    """What Retry-After is made of: now and the session's end in wall seconds, and the window's length."""
+
+    now: float
+    session_ends: float
+    window_s: float
+
+
+def left_of(lines: Sequence[Line], taken: int) -> int | None:
+    """Tokens until the nearer line, with `taken` by requests under way; None without a line. May be negative."""
+    return min(line.limit - line.spent for line in lines) - taken if lines else None
+
+
+def decide_refusal(lines: Sequence[Line], held: int, times: Times) -> Refusal | None:
+    """None where the user may ask once more. `held`: set aside for its requests under way."""
+    left = left_of(lines, held)
+    if left is None or left > 0:
+        return None
+    spent = [line for line in lines if line.spent >= line.limit]
+    if not spent:
+        return Refusal(
+            429,
+            "quota_exceeded",
+            "This user's requests under way may need all the tokens that are left; ask again when one has ended.",
+            retry_after_s=1,
+            reason="under_way",
+        )
+    # Where both are spent, the longer wait is the true one.
+    line, wait_s = max(((line, _wait_s(line, times)) for line in spent), key=lambda found: found[1])
+    if line.kind is Kind.WINDOW:
+        message = "This user's tokens for the rolling window are used up."
+    else:
+        message = "This session has no tokens left; come back with a new session."
+    reason = line.kind.name.lower()
+    return Refusal(429, "quota_exceeded", message, retry_after_s=wait_s, headers=NO_RETRY, reason=reason)
+
+
+def _wait_s(line: Line, times: Times) -> int:
+    if line.kind is Kind.TOKEN:
+        return max(1, min(math.ceil(times.session_ends - times.now), MAX_RETRY_AFTER_S))
+    wait_s = line.free_at + WINDOW_MARGIN_S - times.now if line.free_at else times.window_s
+    return max(1, math.ceil(wait_s))
+
+
+def must_read(lines: Sequence[Line], is_refusal: bool, now_ms: int) -> bool:
+    """Whether the store has to be asked before this is decided: a line that matters was never read, or the answer
+    would be no and the last reading may be out of date. A session that came without any tokens is never asked for."""
+    if any(line.kind is Kind.TOKEN and line.limit <= 0 for line in lines):
+        return False
+    for line in lines:
+        if not line.is_readable:
+            continue
+        if line.read_at_ms is None:
+            return True
+        if is_refusal:
+            is_unknown = line.kind is Kind.WINDOW and line.spent >= line.limit and not line.free_at
+            if now_ms - line.read_at_ms > (UNKNOWN_AGE_MS if is_unknown else REFUSAL_AGE_MS):
+                return True
+    return False
+
+
+def age_ms(lines: Sequence[Line], now_ms: int) -> float:
+    """How long ago the line was read that waits longest; infinity when one never was."""
+    return max((math.inf if line.read_at_ms is None else now_ms - line.read_at_ms for line in lines), default=0)
