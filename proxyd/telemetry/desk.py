@@ -180,8 +180,9 @@ class Desk:
         return True
 
     async def _free_at(self, store: Store, user_id: int, since: float, over: int) -> int:
-        """The wall second whose rows, once out of the window, leave less than the ceiling: that is right a second
-        after it. The end of a whole window from now when the rows do not tell."""
+        """When the window has room again, in wall seconds: a second after it, for rows have whole seconds. 0 when the
+        rows do not tell yet, because what fills it is still on its way; a whole window from now when it fills more of
+        them than are read."""
         seen = 0
         while seen < SPENDS_MAX:
             spends = await store.spends(user_id, since, SPENDS_A_READ)
@@ -190,7 +191,7 @@ class Desk:
                 if over < 0:
                     return math.ceil(second + self._ceiling.window_s)
             if len(spends) < SPENDS_A_READ:
-                break
+                return 0
             seen += len(spends)
             since = spends[-1][0] + 1
         return math.ceil(self._clock.wall() + self._ceiling.window_s)
