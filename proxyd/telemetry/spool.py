@@ -1,5 +1,7 @@
 """The writing end of the spool: a process's records go to its own segments, one write(2) per loop turn.
 
+Long because every part of it holds the one descriptor and the counts of what is in it.
+
 Owns: the live segment, what is not yet written, what is not yet synced. Must not know: the store, who reads,
 configuration.
 Invariants:
@@ -9,6 +11,7 @@ Invariants:
 - Memory is bounded: at `HELD_SOFT_BYTES` (pending and unsynced) `broken_reason` is set and checkpoints are dropped,
   they are replaceable; at `HELD_HARD_BYTES` finals are lost, counted in `lost` and logged. Between the two only
   streams that already run add.
+- Disk blocks are reserved ahead (reserve.py): new work is refused before a write fails for want of them.
 - Every wait has an end: a retry and a sync are due each `TICK_S`; close() tries once.
 
   segment   |header|carried| ...synced... | ...unsynced... |partial|        _pending: [record, record, ...]
@@ -33,6 +36,7 @@ from typing import Any, Self
 
 from proxyd.clock import SYSTEM, Clock
 from proxyd.telemetry.record import Checkpoint, Final, Intent, encode_checkpoint, encode_final, encode_intent
+from proxyd.telemetry.reserve import Reserve
 from proxyd.telemetry.segment import (
     HEADER_BYTES,
     NEW_PREFIX,
@@ -70,9 +74,10 @@ class SpoolWriter:
     __slots__ = (
         "_bound_fault", "_call_later", "_call_soon", "_clock", "_closed", "_counter", "_directory",
         "_directory_synced", "_durability", "_epoch", "_fd", "_in_thread", "_io", "_is_near_full", "_log",
-        "_must_rotate", "_nonce", "_partial", "_pending", "_pending_bytes", "_retry_at", "_scheduled", "_seed",
-        "_segment_bytes", "_sequence", "_slot", "_spool_max", "_stream", "_sync_failures", "_sync_fault", "_synced",
-        "_syncing_fd", "_tainted", "_timer", "_unsynced", "_unsynced_bytes", "_whole", "_write_fault", "lost",
+        "_must_rotate", "_nonce", "_partial", "_pending", "_pending_bytes", "_reserve", "_retry_at", "_scheduled",
+        "_seed", "_segment_bytes", "_sequence", "_slot", "_spool_max", "_stream", "_sync_failures", "_sync_fault",
+        "_synced", "_syncing_fd", "_tainted", "_timer", "_unsynced", "_unsynced_bytes", "_whole", "_write_fault",
+        "lost",
     )  # fmt: skip
 
     def __init__(
@@ -96,6 +101,7 @@ class SpoolWriter:
         self._io, self._clock, self._spool_max = io or SpoolIO(), clock, spool_max
         largest = max(spool_max // _SEGMENTS_IN_SPOOL_MAX, _SEGMENT_LEAST_BYTES) if spool_max else SEGMENT_BYTES
         self._segment_bytes = min(segment_bytes, largest)
+        self._reserve = Reserve(self._io, self._segment_bytes)
         self._nonce = int.from_bytes(os.urandom(8), "little")
         header = Header(slot, epoch, self._nonce, 0, 0, 0.0, 0, 0)
         self._seed, self._stream = header.seed, header.stream
@@ -166,7 +172,7 @@ class SpoolWriter:
     @property
     def broken_reason(self) -> str | None:
         """Why records are not safe now, in words for a log; None while all is well. Else refuse new billable work."""
-        return self._write_fault or self._sync_fault or self._bound_fault
+        return self._write_fault or self._sync_fault or self._bound_fault or self._reserve.fault
 
     def flush(self) -> None:
         """Writes what is pending, now. Never raises: what the disk refuses stays pending and `broken_reason` is set.
@@ -187,6 +193,8 @@ class SpoolWriter:
             return
         if self._pending:
             self._flush()
+        if self._reserve.fault is not None:
+            self._regain_reserve()
         if self._unsynced or self._sync_fault:
             self._start_sync()
         self._check_bounds()
@@ -208,6 +216,7 @@ class SpoolWriter:
         if self._timer is not None:
             self._timer.cancel()
         # A sync under way still uses the descriptor; its end closes it (or the process's).
+        self._reserve.leave(self._fd)
         if self._fd != self._syncing_fd:
             os.close(self._fd)
 
@@ -234,8 +243,12 @@ class SpoolWriter:
 
     def _flush(self) -> None:
         """Writes until all is taken or the system refuses; then the rest stays."""
-        if (self._must_rotate or self._whole >= self._segment_bytes) and not self._rotate():
-            return
+        if self._must_rotate:
+            if not self._rotate():
+                return
+        elif self._whole >= self._segment_bytes and self._reserve.fault is None and not self._rotate():
+            # This segment is only long enough: what is reserved behind it is for those who run.
+            self._reserve.fault, self._write_fault = self._write_fault, None
         while self._pending:
             data = self._pending[0] if len(self._pending) == 1 else b"".join(self._pending)
             try:
@@ -245,9 +258,30 @@ class SpoolWriter:
                 self._on_write_failed(f"write: {error.strerror}")
                 return
             self._on_written(self._partial + written, data)
+        self._mended(self._write_fault)
         self._write_fault = None
+        if self._reserve.fault is None:
+            self._keep_reserve()
         if self._durability == "row" and not self._tainted:
             self._sync_now()
+
+    def _regain_reserve(self) -> None:
+        """Tries again after a refusal; a segment that is long enough is left first."""
+        if self._whole >= self._segment_bytes:
+            before = self._write_fault
+            if not self._rotate():
+                self._reserve.fault, self._write_fault = self._write_fault, before
+            return
+        self._keep_reserve()
+
+    def _keep_reserve(self) -> None:
+        """Blocks for those who run; while there are none, new work is refused."""
+        before = self._reserve.fault
+        self._reserve.keep(self._fd, self._whole + self._partial)
+        if self._reserve.fault is None:
+            self._mended(before)
+        elif before is None:
+            self._tell_broken(self._reserve.fault)
 
     def _write(self, fd: int, data: bytes) -> int:
         written = self._io.write(fd, data)
@@ -301,8 +335,12 @@ class SpoolWriter:
         old, self._fd, self._sequence, self._partial = self._fd, fd, sequence, 0
         self._must_rotate = self._tainted = self._directory_synced = False
         self._synced, self._whole = HEADER_BYTES, HEADER_BYTES + len(carried)
-        if old >= 0 and old != self._syncing_fd:
-            os.close(old)
+        if old >= 0:
+            self._reserve.leave(old)
+            if old != self._syncing_fd:
+                os.close(old)
+        self._reserve.enter()
+        self._keep_reserve()
         if self._durability == "row":
             self._sync_now()
         return True
@@ -352,9 +390,8 @@ class SpoolWriter:
         self._synced += size
         self._directory_synced = True
         self._sync_failures = 0
-        if self._sync_fault is not None:
-            self._log.warning("spool_mended", reason=self._sync_fault, stream=self._stream)
-            self._sync_fault = None
+        self._mended(self._sync_fault)
+        self._sync_fault = None
 
     def _on_sync_failed(self, error: OSError) -> None:
         """The kernel may have marked the lost pages clean: this descriptor's word is worth nothing any more.
@@ -378,9 +415,17 @@ class SpoolWriter:
 
     def _on_write_failed(self, reason: str) -> None:
         self._retry_at = self._clock.monotonic() + RETRY_S
-        if self._write_fault != reason:
-            self._write_fault = reason
-            self._log.error("spool_broken", reason=reason, stream=self._stream, waiting=len(self._pending))
+        if reason not in (self._write_fault, self._reserve.fault):
+            self._tell_broken(reason)
+        self._write_fault = reason
+
+    def _tell_broken(self, reason: str) -> None:
+        self._log.error("spool_broken", reason=reason, stream=self._stream, waiting=len(self._pending))
+
+    def _mended(self, fault: str | None) -> None:
+        """The fault is over."""
+        if fault is not None:
+            self._log.warning("spool_mended", reason=fault, stream=self._stream)
 
     def _check_bounds(self) -> None:
         fault = None
@@ -392,6 +437,8 @@ class SpoolWriter:
             fault = f"the spool is full: telemetry.spool_max is {self._spool_max} bytes"
         if fault is not None and self._bound_fault is None:
             self._log.error("spool_broken", reason=fault, stream=self._stream, bytes=used)
+        if fault is None:
+            self._mended(self._bound_fault)
         self._bound_fault = fault
         is_near = bool(self._spool_max) and used >= self._spool_max * _SPOOL_MAX_WARN
         if is_near and not self._is_near_full:

@@ -6,6 +6,9 @@ Owns: nothing. Must not know: records, segments. Tests hand the writer others of
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
+import errno
 import fcntl
 import os
 from collections.abc import Callable
@@ -22,6 +25,11 @@ class SpoolLog(Protocol):
     def error(self, event: str, /, **fields: Any) -> None: ...
 
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate: Any = getattr(_libc, "fallocate64", None) or getattr(_libc, "fallocate", None)
+_KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE of fallocate(2): os.posix_fallocate would lengthen the file
+
+
 class SpoolIO:
     """The system calls whose failures matter. Tests pass one that fails."""
 
@@ -32,6 +40,20 @@ class SpoolIO:
 
     def fdatasync(self, fd: int) -> None:
         os.fdatasync(fd)
+
+    def reserve(self, fd: int, start: int, length: int) -> None:
+        """Takes blocks for these bytes of a file, whose size stays as it is. Raises OSError."""
+        if _fallocate is None:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        while _fallocate(fd, _KEEP_SIZE, ctypes.c_int64(start), ctypes.c_int64(length)):
+            code = ctypes.get_errno()
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code))
+
+    def release(self, fd: int) -> None:
+        """Gives back the blocks behind a file's end: a truncation to the size it has."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, os.fstat(fd).st_size)
 
     def sync_directory(self, path: Path) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

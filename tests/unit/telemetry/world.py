@@ -26,6 +26,8 @@ class Disk(SpoolIO):
     def __init__(self) -> None:
         self.writes: list[int] = []
         self.syncs: list[int] = []
+        self.room: int | None = None  # bytes that can still be reserved; None: without end
+        self.reserved: list[tuple[int, int]] = []
         self.written: list[int] = []
         self.synced: list[int] = []
         self.failed_files: list[int] = []
@@ -38,6 +40,17 @@ class Disk(SpoolIO):
             data = data[:fault]
         self.written.append(len(data))
         return super().write(fd, data)
+
+    def reserve(self, fd: int, start: int, length: int) -> None:
+        if self.room is not None and length > self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().reserve(fd, start, length)
+        self.reserved.append((start, length))
+
+    def create(self, path: Path) -> int:
+        if self.room is not None and self.room <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().create(path)
 
     def fdatasync(self, fd: int) -> None:
         assert os.fstat(fd).st_ino not in self.failed_files, "a failed sync was retried on its file"
