@@ -1,21 +1,24 @@
 """What a client asked for: one of our relay routes and the few members of its JSON body that we read.
 
-Owns: `Route`, `Ask`, `Outgoing`, `parse_ask`. Must not know: sockets, upstreams, configuration, what an answer
-looks like. Invariants: `Ask.body` is the identical bytes object that the client sent; what we do not read is
-neither checked nor touched; a top-level member that we read occurs once (two parsers that disagree on which one
-counts would meter one model and bill another).
+Owns: `Route`, `Ask`, `Outgoing`, `parse_ask`, how much text a prompt has. Must not know: sockets, upstreams,
+configuration, what an answer looks like. Invariants: `Ask.body` is the identical bytes object that the
+client sent; what we do not read is neither checked nor touched; a top-level member that we read occurs once (two
+parsers that disagree on which one counts would meter one model and bill another).
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import accumulate
 from typing import Any, Literal, NoReturn
 
 import orjson
 
 from proxyd._scan import members, mend, structure
+from proxyd.dialects.tokens import NOTHING, SAMPLE_BYTES, Text
 from proxyd.errors import Refusal
 
 Dialect = Literal["openai", "anthropic"]
@@ -25,7 +28,16 @@ _BYTES_PER_MESSAGE = 12
 # How deep we follow lists and objects for text; content parts of tool results nest three levels, a hostile body a
 # thousand.
 _TEXT_DEPTH = 6
-_TEXT_KEYS = ("content", "text", "input", "output", "arguments", "thinking", "instructions")
+_TEXT_KEYS = (
+    "name", "content", "text", "input", "output", "arguments", "thinking", "instructions", "tool_calls", "function",
+)  # fmt: skip
+# What stands around the text of a message (token-estimation.md): three tokens and its role; once for all, the start of
+# the answer. A message that names its speaker has one more.
+_TOKENS_PER_MESSAGE = 4
+_TOKENS_OF_PRIMING = 3
+# Of a longer prompt windows are kept, evenly spread: it may begin in one language and go on in another.
+_WINDOWS = 4
+_WINDOW_BYTES = SAMPLE_BYTES // _WINDOWS
 # No API has 50 members; half of this would still do, a multiple lets one body hold the loop for tens of milliseconds.
 _MOST_MEMBERS = 1000
 _SMALL_BYTES = 64 * 1024
@@ -61,6 +73,8 @@ class Route(StrEnum):
         return "anthropic" if self in (Route.MESSAGES, Route.COUNT_TOKENS) else "openai"
 
 
+# Their prompt is bare text, in no message.
+_WITHOUT_TURNS = (Route.COMPLETIONS, Route.EMBEDDINGS)
 # The members we read, thus check and want once.
 _READ: dict[Route, tuple[str, ...]] = {
     Route.STREAM: ("prompt", "messages", "model", "system", "max_tokens", "temperature"),
@@ -87,6 +101,12 @@ class Ask:
     asked_usage: bool
     max_tokens: int | None = None
     """The most tokens that one answer may have, where the client said so."""
+    prompt: Text = NOTHING
+    """What is counted where the provider does not tell; `prompt_text_bytes` is the quick look before."""
+
+    def without_body(self) -> Ask:
+        """What is kept of it while its answer runs: the body may be megabytes."""
+        return replace(self, body=b"", document={})
 
     @property
     def many_choices(self) -> bool:
@@ -127,10 +147,9 @@ def parse_ask(route: Route, body: bytes) -> Ask:
         _refuse("stream", "stream must be true or false", "invalid_type")
     options = document.get("stream_options")
     asked = isinstance(options, dict) and options.get("include_usage") is True
-    text_bytes = prompt_text_bytes(document, len(body))
-    return Ask(
-        route, model, stream is True, body, _kept(route, document, asked), text_bytes, asked, _max_tokens(document)
-    )
+    text_bytes, prompt = read_prompt(route, document, len(body))
+    most = _max_tokens(document)
+    return Ask(route, model, stream is True, body, _kept(route, document, asked), text_bytes, asked, most, prompt)
 
 
 def _max_tokens(document: dict[str, Any]) -> int | None:
@@ -250,8 +269,8 @@ def _site_ask(body: bytes, document: dict[str, Any], mended: bool) -> Ask:
         _refuse("temperature", "temperature must be a number from 0 to 2", "invalid_type")
     if mended:
         raise Refusal(400, "invalid_json", "the body holds half a surrogate pair")
-    text_bytes = prompt_text_bytes(document, len(body))
-    return Ask(Route.STREAM, model, True, body, document, text_bytes, False, _max_tokens(document))
+    text_bytes, prompt = read_prompt(Route.STREAM, document, len(body))
+    return Ask(Route.STREAM, model, True, body, document, text_bytes, False, _max_tokens(document), prompt)
 
 
 def _check_messages(messages: Any) -> None:
@@ -285,38 +304,66 @@ def _check_messages(messages: Any) -> None:
 # --- the size of a prompt -------------------------------------------------------------------------------------------
 
 
-def prompt_text_bytes(document: dict[str, Any], most: int) -> int:
-    """UTF-8 bytes of the prompt's text plus 12 for each message; a quarter of it is the estimate. Pictures count
-    nothing. `most`: what is answered for a prompt of more values than are looked at, the body's length."""
-    total = 0
+def read_prompt(route: Route, document: dict[str, Any], most: int) -> tuple[int, Text]:
+    """UTF-8 bytes of the prompt's text plus 12 for each message, a quarter of which is the quick estimate; and what to
+    count its tokens from. Pictures count nothing. `most`: what is answered for a prompt of more values than are looked
+    at, the body's length."""
+    size = ids = listed = turns = speakers = 0
     values: list[Any] = []
+    texts: list[str] = []
     for name in ("prompt", "input", "system", "instructions", "messages"):
         value = document.get(name)
         if value is None:
             continue
         values.append(value)
         if name in ("messages", "input") and isinstance(value, list):
-            total += _BYTES_PER_MESSAGE * sum(isinstance(entry, dict) for entry in value)
+            entries = [entry for entry in value if isinstance(entry, dict)]
+            listed += len(entries)
+            speakers += sum("name" in entry for entry in entries)
+        elif route not in _WITHOUT_TURNS:
+            turns += 1
     looked_at = 0
     for depth in range(_TEXT_DEPTH + 1):
         looked_at += len(values)
         if looked_at > _MOST_VALUES:
-            return most
+            return most, Text(most, b"")
         inner: list[Any] = []
         for value in values:
             if isinstance(value, str):
-                total += len(value) if value.isascii() else len(value.encode())
+                if value:
+                    texts.append(value)
+                    size += len(value) if value.isascii() else len(value.encode())
             elif depth == _TEXT_DEPTH:
                 continue
             elif isinstance(value, list):
                 if _is_tokens(value):
-                    total += 4 * len(value)
+                    ids += len(value)
                 else:
                     inner += value
             elif isinstance(value, dict):
                 inner += [value[key] for key in _TEXT_KEYS if key in value]
         values = inner
-    return total
+    turns += listed
+    around = _TOKENS_PER_MESSAGE * turns + speakers + _TOKENS_OF_PRIMING if turns else 0
+    return size + 4 * ids + _BYTES_PER_MESSAGE * listed, Text(size, _sample(texts, size), around + ids)
+
+
+def _sample(texts: list[str], size: int) -> bytes:
+    """At most a kilobyte of texts that have `size` bytes together."""
+    if size <= SAMPLE_BYTES:
+        return "\0".join(texts).encode("utf-8", "replace")
+    parts: list[bytes] = []
+    ends = list(accumulate(map(len, texts)))
+    for window in range(_WINDOWS):
+        start = max(0, ends[-1] - _WINDOW_BYTES) * window // (_WINDOWS - 1)
+        at = bisect_right(ends, start)
+        skip = start - (ends[at] - len(texts[at]))
+        room = _WINDOW_BYTES
+        while room > 0 and at < len(texts):
+            parts.append(texts[at][skip : skip + room].encode("utf-8", "replace")[:room])
+            room -= len(parts[-1])
+            at, skip = at + 1, 0
+    return b"\0".join(parts)
 
 
 def _is_tokens(value: list[Any]) -> bool:

@@ -14,8 +14,9 @@ from proxyd.dialects.observer import Observer
 from proxyd.dialects.openai_chat import ChatObserver, EmbeddingsObserver, watch_for
 from proxyd.dialects.openai_responses import ResponsesObserver
 from proxyd.dialects.splice import spliced, wants_usage
+from proxyd.dialects.tokens import O200K, estimate
 from proxyd.dialects.translate import Translator
-from proxyd.dialects.usage import Tally, Usage, estimate, settle
+from proxyd.dialects.usage import Tally, Usage, settle
 
 _OPENAI_PATHS = {
     Route.STREAM: "/chat/completions",
@@ -41,8 +42,10 @@ def build(ask: Ask, dialect: Dialect, upstream_model: str, inject_usage: bool) -
 
     Native routes keep the client's bytes but for the splices; with none the body is the identical object. Build
     again with `inject_usage=False` for the one resend after is_usage_rejection(); the site's route is asked for
-    usage, and resent without, in the same way.
+    usage, and resent without, in the same way. With the first request the vocabulary begins to be loaded: any answer
+    may end uncounted.
     """
+    O200K.prepare()
     path = (_OPENAI_PATHS if dialect == "openai" else _ANTHROPIC_PATHS)[ask.route]
     if ask.route is Route.STREAM:
         model = upstream_model or ask.model
@@ -53,6 +56,13 @@ def build(ask: Ask, dialect: Dialect, upstream_model: str, inject_usage: bool) -
         return Outgoing(path, body, injected=inject_usage, translate=True)
     inject = inject_usage and wants_usage(ask)
     return Outgoing(path, spliced(ask, upstream_model, inject), injected=inject, translate=False)
+
+
+def prompt_tokens(ask: Ask, dialect: Dialect) -> int:
+    """Our count of a request that was sent and not answered."""
+    if ask.route is Route.COUNT_TOKENS:
+        return 0
+    return ask.prompt.tokens(AnthropicObserver.factor if dialect == "anthropic" else Observer.factor)
 
 
 def make_observer(
@@ -95,5 +105,6 @@ __all__ = [
     "make_observer",
     "media_kind",
     "parse_ask",
+    "prompt_tokens",
     "settle",
 ]

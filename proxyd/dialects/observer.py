@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from proxyd._scan import Watch, scan
+from proxyd._scan import Watch, sample, scan
 from proxyd.dialects.bounded import read_json
 from proxyd.dialects.errors import Error, make_error, read_error, read_error_body
 from proxyd.dialects.media import NDJSON, media_kind
+from proxyd.dialects.tokens import NOTHING, Text, grown, unescaped
 from proxyd.dialects.usage import Usage, read_ollama
 
 FLAG_DONE = 2
@@ -28,12 +29,20 @@ _NAME_CHARS = 256
 # How much of an answer in lines is read line by line; the shortest lines cost 0.5 us a byte.
 _LINES_BYTES = 64 * 1024
 _LINE_TEXT = Watch((), (), (b"response", b"content", b"thinking"))
+# Where in a large body the text is sampled; a kilobyte of it stands in less.
+_SAMPLED_BYTES = 16 * 1024
 
 
 class Observer:
     """The accounting of one answer. `watch` chooses the events that are worth a call."""
 
+    # How many tokens the provider's vocabulary makes of a text, over those of o200k.
+    factor = 1.0
+    # The text in a body that cannot be parsed.
+    body_watch = Watch()
+
     __slots__ = (
+        "body_sample",
         "body_text_bytes",
         "cut",
         "document",
@@ -47,6 +56,7 @@ class Observer:
         "refused",
         "tail_usage",
         "terminal",
+        "text",
         "text_bytes",
         "unread",
         "usage",
@@ -66,7 +76,9 @@ class Observer:
         self.document: dict[str, Any] | None = None  # of the last event, for a translator
         self.parse_errors = 0
         self.text_bytes = 0
+        self.text = NOTHING
         self.body_text_bytes = 0
+        self.body_sample = b""
         self.done_seen = False
         self.terminal = False
         self.refused = False
@@ -116,6 +128,7 @@ class Observer:
         document = self._parse(body.strip(_SPACE))
         if document is None:
             self.unread = True
+            self._meter(self.body_watch, body.rstrip(b"\\") + b'"')  # the string in which it was cut
             return
         self.document = document
         error = read_error(document)
@@ -126,8 +139,9 @@ class Observer:
         else:
             self._on_answer(document)
 
-    def finish(self, clean: bool, text_bytes: int) -> None:
-        """The body ended: `clean` when its framing was complete. Sets outcome, usage and usage_source."""
+    def finish(self, clean: bool, text_bytes: int, sample: bytes = b"") -> None:
+        """The body ended: `clean` when its framing was complete. Sets outcome, usage, usage_source and text.
+        `sample` is the splitter's, of the text whose length is `text_bytes`."""
         self.text_bytes = max(text_bytes, self.body_text_bytes)
         if self.error is not None:
             self.outcome = "error"
@@ -136,6 +150,9 @@ class Observer:
         else:
             self.outcome = "truncated"
         self._settle_usage()
+        if self.usage.completion is None and self.text.size != self.text_bytes:
+            kept = unescaped(sample) if text_bytes > self.body_text_bytes else self.body_sample
+            self.text = Text(self.text_bytes, kept)
         if not self.usage.known:
             self.usage_source = "none"
         elif self.outcome != "completed" or not self._is_full():
@@ -172,6 +189,17 @@ class Observer:
         """Keep the first error."""
         if self.error is None:
             self.error = error
+
+    def take_text(self, text: Any) -> None:
+        """Meters a text of a JSON body; anything else is none."""
+        if isinstance(text, str) and text:
+            self.body_text_bytes += text_length(text)
+            self.body_sample = grown(self.body_sample, text)
+
+    def _meter(self, watch: Watch, body: bytes) -> None:
+        """Meters the text in a body that is not parsed."""
+        self.body_text_bytes = scan(watch, body)[1]
+        self.body_sample = unescaped(sample(watch, body[:_SAMPLED_BYTES]))
 
     def _name_model(self, model: Any) -> None:
         """The first event that has a non-empty one names the model."""
@@ -216,7 +244,7 @@ class Observer:
             self._on_line(body[: body.index(b"\n")])
         for line in body[last + 1 :].split(b"\n"):
             self._on_line(line)
-        self.body_text_bytes = scan(_LINE_TEXT, body)[1]
+        self._meter(_LINE_TEXT, body)
 
     def _on_line(self, line: bytes) -> None:
         line = line.strip(_SPACE)
@@ -236,7 +264,8 @@ class Observer:
         self._name_model(line.get("model"))
         message = line.get("message")
         for holder in (line, message if isinstance(message, dict) else {}):
-            self.body_text_bytes += sum(text_length(holder.get(key)) for key in ("response", "content", "thinking"))
+            for key in ("response", "content", "thinking"):
+                self.take_text(holder.get(key))
         if line.get("done") is True:
             self.terminal = True
             self.usage.merge(read_ollama(line))

@@ -20,20 +20,21 @@ import orjson
 from proxyd._scan import Watch
 from proxyd.dialects.ask import Ask
 from proxyd.dialects.errors import make_error, read_error
-from proxyd.dialects.observer import Observer, listed, short, text_length
+from proxyd.dialects.observer import Observer, listed, short
 from proxyd.dialects.usage import is_placeholder, read_openai, read_timings
 
 _REPORT = (b"usage", b"finish_reason", b"error", b"timings")
 # Ends of stream, and vLLM's flat error object.
 _TYPES = (b"chat.completion.done", b"error")
 # "text" is legacy completions' delta; in chat it would count OpenRouter's reasoning_details a second time.
-_METER_CHAT = (b"content", b"reasoning_content", b"reasoning", b"refusal", b"arguments")
+_METER_CHAT = (b"content", b"reasoning_content", b"reasoning", b"refusal", b"name", b"arguments")
 _METER_TEXT = (b"text",)
 
 _WATCH_CHAT = Watch(_REPORT, _TYPES, _METER_CHAT)
 _WATCH_CHAT_MANY = Watch((*_REPORT, b"index"), _TYPES, _METER_CHAT)
 _WATCH_TEXT = Watch(_REPORT, _TYPES, _METER_TEXT)
 _WATCH_TEXT_MANY = Watch((*_REPORT, b"index"), _TYPES, _METER_TEXT)
+_WATCH_BODY = Watch((), (), (*_METER_CHAT, *_METER_TEXT))
 
 # The API allows n up to 128; an upstream that numbers beyond 1024 choices is not worth more memory.
 _MOST_CHOICES = 1024
@@ -48,6 +49,8 @@ def watch_for(*, many: bool, legacy: bool) -> Watch:
 
 class ChatObserver(Observer):
     """A chat or completions answer. `hides` when usage was injected and the client did not ask for it."""
+
+    body_watch = _WATCH_BODY
 
     __slots__ = ("_per_index", "_timings", "_whole_usage", "finish_reasons", "hides")
 
@@ -84,9 +87,23 @@ class ChatObserver(Observer):
         self._on_document(b"", document)
         for choice in listed(document.get("choices")):
             if isinstance(choice, dict):
-                self.body_text_bytes += _choice_length(choice)
+                self._take_choice(choice)
         # a document that parsed has arrived whole, finish reasons or not
         self.terminal = True
+
+    def _take_choice(self, choice: dict[str, Any]) -> None:
+        """Meters a choice of a JSON answer."""
+        self.take_text(choice.get("text"))
+        message = choice.get("message")
+        if isinstance(message, dict):
+            self.take_text(message.get("reasoning_content") or message.get("reasoning"))
+            self.take_text(message.get("content"))
+            self.take_text(message.get("refusal"))
+            calls = [call.get("function") for call in listed(message.get("tool_calls")) if isinstance(call, dict)]
+            for function in (*calls, message.get("function_call")):
+                if isinstance(function, dict):
+                    self.take_text(function.get("name"))
+                    self.take_text(function.get("arguments"))
 
     def _on_choice(self, choice: dict[str, Any]) -> int:
         index = choice.get("index")
@@ -157,20 +174,6 @@ def _is_usage_only(document: dict[str, Any]) -> bool:
         and not document.get("error")
         and document.get("prompt_filter_results") is None
     )
-
-
-def _choice_length(choice: dict[str, Any]) -> int:
-    """Text bytes of a choice of a JSON answer."""
-    total = text_length(choice.get("text"))
-    message = choice.get("message")
-    if isinstance(message, dict):
-        reasoning = message.get("reasoning_content") or message.get("reasoning")
-        total += sum(text_length(text) for text in (message.get("content"), message.get("refusal"), reasoning))
-        for call in listed(message.get("tool_calls")):
-            function = call.get("function") if isinstance(call, dict) else None
-            if isinstance(function, dict):
-                total += text_length(function.get("arguments"))
-    return total
 
 
 def site_request(ask: Ask, model: str, *, ask_usage: bool) -> bytes:

@@ -5,30 +5,41 @@ include_usage here), normalised events. Invariant: no event is ever changed or d
 the payload.
 
 The watch needs the terminal events (they carry usage and reason), the errors, and the first event (it names the model);
-`"usage":null` and `"error":null` of response.created and response.in_progress are not reported.
+`"usage":null` and `"error":null` of response.created and response.in_progress are not reported. A tool call is, by its
+`type`: its name is text of the answer, yet `name` stands in the request's tools too, which these events repeat.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import orjson
+
 from proxyd._scan import Watch
 from proxyd.dialects.errors import make_error, read_error_value
 from proxyd.dialects.observer import Observer, listed, short, text_length
+from proxyd.dialects.tokens import grown
 from proxyd.dialects.usage import read_openai
 
 _TERMINAL = ("response.completed", "response.incomplete", "response.failed", "response.cancelled")
 # Deltas only: the `*.done` events repeat the text whole.
-_WATCH = Watch((b"usage", b"error"), (*(name.encode() for name in _TERMINAL), b"error"), (b"delta",))
+_CALLS = ("function_call", "custom_tool_call")
+_WATCH = Watch((b"usage", b"error"), tuple(name.encode() for name in (*_TERMINAL, "error", *_CALLS)), (b"delta",))
+# Of all tools' names together: 100 calls. Nothing that a provider repeats without end may grow.
+_NAMES_CHARS = 4096
+_WATCH_BODY = Watch((), (), (b"text", b"refusal", b"arguments"))
 
 
 class ResponsesObserver(Observer):
     """A Responses answer, streamed or JSON."""
 
-    __slots__ = ()
+    body_watch = _WATCH_BODY
+
+    __slots__ = ("_names",)
 
     def __init__(self) -> None:
         super().__init__(_WATCH)
+        self._names = ""  # of the tools that were called
 
     def _on_document(self, name: bytes, document: dict[str, Any]) -> bytes | None:
         kind = document.get("type")
@@ -44,7 +55,17 @@ class ResponsesObserver(Observer):
             self._on_response(response, kind)
             if kind in _TERMINAL:
                 self.terminal = True
+        elif kind == "response.output_item.added":
+            item = document.get("item")
+            if isinstance(item, dict) and item.get("type") in _CALLS:
+                self._names = (self._names + (short(item.get("name")) or ""))[:_NAMES_CHARS]
         return None
+
+    def finish(self, clean: bool, text_bytes: int, sample: bytes = b"") -> None:
+        if self._names:
+            text_bytes += text_length(self._names)
+            sample = orjson.dumps(grown(b"", self._names).decode("utf-8", "ignore"))[1:-1] + sample
+        super().finish(clean, text_bytes, sample)
 
     def _on_answer(self, document: dict[str, Any]) -> None:
         status = document.get("status")
@@ -52,7 +73,17 @@ class ResponsesObserver(Observer):
         self.terminal = True
         for item in listed(document.get("output")):
             if isinstance(item, dict):
-                self.body_text_bytes += _item_length(item)
+                self._take_item(item)
+
+    def _take_item(self, item: dict[str, Any]) -> None:
+        """Meters an output item of a JSON answer."""
+        if item.get("type") in _CALLS:
+            self.take_text(item.get("name"))
+        self.take_text(item.get("arguments") or item.get("input"))
+        for part in listed(item.get("content")):
+            if isinstance(part, dict):
+                self.take_text(part.get("text"))
+                self.take_text(part.get("refusal"))
 
     def _on_response(self, response: dict[str, Any], kind: str) -> None:
         self._name_model(response.get("model"))
@@ -69,12 +100,3 @@ class ResponsesObserver(Observer):
             self.finish_reason = "cancelled"
         elif kind == "response.failed":
             self.fail(read_error_value(response.get("error") or {"message": "the response failed"}))
-
-
-def _item_length(item: dict[str, Any]) -> int:
-    """Text bytes of an output item of a JSON answer."""
-    total = text_length(item.get("arguments"))
-    for part in listed(item.get("content")):
-        if isinstance(part, dict):
-            total += text_length(part.get("text")) + text_length(part.get("refusal"))
-    return total

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -28,6 +27,7 @@ from proxyd.dialects.ask import Ask
 from proxyd.dialects.errors import Error, is_retryable, make_error
 from proxyd.dialects.observer import Observer, listed
 from proxyd.dialects.openai_chat import ChatObserver
+from proxyd.dialects.tokens import Text, grown
 from proxyd.dialects.usage import Usage, settle
 from proxyd.wire import events
 
@@ -65,6 +65,7 @@ class Translator:
         "_n",
         "_pending",
         "_request_id",
+        "_sample",
         "_tools",
         "watch",
     )
@@ -72,14 +73,13 @@ class Translator:
     def __init__(self, inner: Observer, ask: Ask, *, request_id: str, epoch: int) -> None:
         self.watch = None
         self._inner = inner
-        self._ask = replace(
-            ask, body=b"", document={}
-        )  # a prompt of megabytes is not kept for as long as its answer runs
+        self._ask = ask.without_body()
         self._request_id = request_id
         self._epoch = epoch
         self._n = 0
         self._ended = False
         self._counted = 0
+        self._sample = b""
         self._pending = b""  # the frames of a JSON answer, until ending()
         self._carry: dict[str, str] = {}  # half a surrogate pair, by kind, until its other half comes
         self._tools: dict[int, int] = {}  # Anthropic: content block index -> tool index
@@ -125,6 +125,14 @@ class Translator:
     @property
     def parse_errors(self) -> int:
         return self._inner.parse_errors
+
+    @property
+    def text(self) -> Text:
+        return self._inner.text
+
+    @property
+    def factor(self) -> float:
+        return self._inner.factor
 
     @property
     def terminal(self) -> bool:
@@ -187,9 +195,11 @@ class Translator:
         elif document is not None and self._inner.error is None:
             self._pending = b"".join(self._frames(self._body_payloads(document)))
 
-    def finish(self, clean: bool, text_bytes: int) -> None:
-        """Settle the accounting; the relay's meter saw nothing, the text was counted here."""
-        self._inner.finish(clean, max(text_bytes, self._counted))
+    def finish(self, clean: bool, text_bytes: int, sample: bytes = b"") -> None:
+        """Settle the accounting; the relay's meter saw nothing, the text was metered here."""
+        if self._counted > self._inner.body_text_bytes:
+            self._inner.body_text_bytes, self._inner.body_sample = self._counted, self._sample
+        self._inner.finish(clean, text_bytes, sample)
 
     def ending(self, clean: bool) -> bytes:
         """The frames that end the stream, once: usage and done, or error. b"" when it ended already."""
@@ -305,7 +315,7 @@ class Translator:
         payload: Payload = {"kind": "tool", "index": index}
         for name, value in (("id", id), ("name", function.get("name"))):
             if isinstance(value, str) and value:
-                payload[name] = self._whole("", value)
+                payload[name] = self._whole("", value) if name == "name" else _mended(value)
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             arguments = self._whole(f"tool{index}", arguments) if arguments else ""
@@ -315,16 +325,15 @@ class Translator:
             yield payload
 
     def _whole(self, kind: str, text: str) -> str:
-        """`text` without half pairs: one at the end waits for the next text of its kind, others become U+FFFD."""
+        """`text` without half pairs: one at the end waits for the next text of its kind, others become U+FFFD.
+        It is metered."""
         text = self._carry.pop(kind, "") + text
         if kind and "\ud800" <= text[-1] <= "\udbff":
             self._carry[kind] = text[-1]
             text = text[:-1]
-        try:
-            self._counted += len(text.encode())
-        except UnicodeEncodeError:
-            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-            self._counted += len(text.encode())
+        text = _mended(text)
+        self._counted += len(text) if text.isascii() else len(text.encode())
+        self._sample = grown(self._sample, text)
         return text
 
     def _flush(self) -> bytes:
@@ -332,6 +341,15 @@ class Translator:
         kinds, self._carry = list(self._carry), {}
         payloads = ({"delta": "\ufffd"} if kind == "delta" else {"kind": kind, "delta": "\ufffd"} for kind in kinds)
         return b"".join(self._frames(payload for payload in payloads if payload.get("kind") in (None, "reasoning")))
+
+
+def _mended(text: str) -> str:
+    """`text` with U+FFFD for half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def _joined(parts: Any) -> str:

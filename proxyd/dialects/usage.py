@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from proxyd.dialects.ask import Ask, Route
+from proxyd.dialects.tokens import Text
 
 # The columns are INT UNSIGNED: a larger count is a lie, and would be refused by the store with the whole row.
 _MOST_TOKENS = 4_294_967_295
@@ -148,11 +149,6 @@ class AnthropicCounts:
         return Usage(prompt, self.output, self.read, self.write, self.reasoning)
 
 
-def estimate(text_bytes: int) -> int:
-    """Tokens of a text by its UTF-8 length: a quarter, rounded up (token-estimation.md)."""
-    return (max(0, text_bytes) + 3) // 4
-
-
 class Observed(Protocol):
     """What settling needs of an observer."""
 
@@ -164,10 +160,14 @@ class Observed(Protocol):
     def refused(self) -> bool: ...
     @property
     def text_bytes(self) -> int: ...
+    @property
+    def text(self) -> Text: ...
+    @property
+    def factor(self) -> float: ...
 
 
 def settle(observer: Observed, ask: Ask, text_bytes: int, delivered: bool) -> Tally:
-    """What to book: the provider's numbers field by field, our estimates where it gave none.
+    """What to book: the provider's numbers field by field, our counts of the texts where it gave none.
 
     `delivered`: the upstream answered with a 2xx head. Nothing is booked when it did not, when it answered 4xx/5xx,
     or when the only thing it sent was an error. Hidden reasoning cannot be estimated: a completion of ours is a
@@ -184,9 +184,10 @@ def settle(observer: Observed, ask: Ask, text_bytes: int, delivered: bool) -> Ta
         completion = 0
     estimated = prompt is None or completion is None
     if prompt is None:
-        prompt = max(estimate(ask.prompt_text_bytes), usage.cached or 0)
+        prompt = max(ask.prompt.tokens(observer.factor), usage.cached or 0)
     if completion is None:
-        completion = estimate(text_bytes)
+        text = observer.text
+        completion = (text if text_bytes <= text.size else Text(text_bytes, text.sample)).tokens(observer.factor)
     return Tally(
         min(prompt, _MOST_TOKENS),
         min(completion, _MOST_TOKENS),

@@ -107,9 +107,7 @@ def begin_stream(
         connection,
         transaction,
         observer,
-        Ask(
-            ask.route, ask.model, ask.stream, b"", {}, ask.prompt_text_bytes, ask.asked_usage
-        ),  # its body may be megabytes
+        ask.without_body(),
         tap,
         limits,
         is_sse=is_sse,
@@ -133,7 +131,7 @@ def reply_whole(asker: Asker, answer: Answer, body: bytes, observer: Observer | 
     if not isinstance(observer, Translator):
         tap.feed(body)
         tap.finish(observer)
-        observer.finish(True, observer.text_bytes)
+        observer.finish(True, tap.text_bytes, tap.sample)
     elif status == 200:
         headers = site_headers(answer.head.headers) + _EVENT_STREAM
         out = observer.preamble() + _translated(tap, body, observer)

@@ -21,11 +21,13 @@ from functools import partial
 from typing import Protocol
 
 from proxyd._relay import Engine, Exchange
+from proxyd._sse import Splitter
 from proxyd.dialects.ask import Ask
 from proxyd.dialects.errors import error_event
 from proxyd.dialects.observer import Observer
+from proxyd.dialects.tokens import estimate
 from proxyd.dialects.translate import Translator
-from proxyd.dialects.usage import Tally, estimate, settle
+from proxyd.dialects.usage import Tally, settle
 from proxyd.errors import UpstreamErrorKind
 from proxyd.front.connection import ClientConnection
 from proxyd.front.wheel import NEVER, NOT_PARKED, Wheel
@@ -310,9 +312,14 @@ class Stream:
         if self._finishing:
             return
         self._finishing = True
+        meter: Splitter | Tap | None = exchange.splitter
         if self._tap is not None:
             self._tap.finish(self._observer)
-        self._observer.finish(clean, max(exchange.text_bytes, self._tap.text_bytes if self._tap is not None else 0))
+            meter = self._tap
+        if meter is None:
+            self._observer.finish(clean, 0)
+        else:
+            self._observer.finish(clean, meter.text_bytes, meter.sample)
 
     def _release_upstream(self, *, reusable: bool) -> None:
         upstream, self._upstream = self._upstream, None

@@ -23,7 +23,7 @@ from typing import Protocol
 from proxyd._relay import Engine
 from proxyd.config.schema import ModelConfig
 from proxyd.dialects.ask import Ask, Outgoing
-from proxyd.dialects.base import build, dialects_of, make_observer
+from proxyd.dialects.base import build, dialects_of, make_observer, prompt_tokens
 from proxyd.dialects.errors import is_usage_rejection
 from proxyd.dialects.usage import Tally
 from proxyd.errors import Refusal, UpstreamError, UpstreamErrorKind
@@ -365,9 +365,9 @@ class Call:
 
     def _spent(self) -> Tally:
         """What a request costs that was sent and not answered: its prompt, by our count."""
-        if not self._sent:
+        if not self._sent or self._origin is None:
             return NOTHING_SPENT
-        return Tally(self.transaction.prompt_estimate, 0, 0, 0, True)
+        return Tally(prompt_tokens(self._ask, self._origin.dialect), 0, 0, 0, True)
 
     def _release_upstream(self, answer: Answer, *, whole: bool) -> None:
         connection, self._connection = self._connection, None

@@ -29,7 +29,7 @@ from proxyd.clock import Clock
 from proxyd.config.schema import Config, ModelConfig
 from proxyd.dialects.ask import Ask, Route, parse_ask
 from proxyd.dialects.base import dialects_of
-from proxyd.dialects.usage import estimate
+from proxyd.dialects.tokens import estimate
 from proxyd.errors import Refusal, UpstreamErrorKind
 from proxyd.front.connection import ClientConnection
 from proxyd.front.request import Request

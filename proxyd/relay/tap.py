@@ -58,6 +58,11 @@ class Tap:
         """Text metered in an encoded event stream."""
         return 0 if self._splitter is None else self._splitter.text_bytes
 
+    @property
+    def sample(self) -> bytes:
+        """The first kilobyte of that text, as the splitter keeps it."""
+        return b"" if self._splitter is None else self._splitter.sample
+
     def divert(self, out: Callable[[bytes], object]) -> None:
         """Wants the frames that a translator makes of an encoded event stream."""
         self._out = out

@@ -84,7 +84,7 @@ def run(
     out += bytes(splitter.finish())
     if splitter.tail_data is not None:
         observer.on_tail(splitter.tail_data)
-    observer.finish(clean, splitter.text_bytes)
+    observer.finish(clean, splitter.text_bytes, splitter.sample)
     return out, splitter
 
 

@@ -130,7 +130,8 @@ def booked_body(route: Route, seen: Observer, **more: Any) -> Tally:
     return settle(seen, parse_ask(route, request_body(route, **more)), 0, True)
 
 
-PROMPT: Any = [{"role": "user", "content": "12345678"}]  # 8 bytes and 12 a message: 5 tokens
+PROMPT: Any = [{"role": "user", "content": "12345678"}]
+ASKED = 3 + 3 + 1 + 3  # 123 456 78, three a message, its role, the start of the answer
 
 
 def test_the_providers_numbers_are_booked_as_they_are() -> None:
@@ -141,13 +142,13 @@ def test_the_providers_numbers_are_booked_as_they_are() -> None:
 
 def test_both_sides_are_estimated_when_the_provider_gave_none() -> None:
     body = sse(chunk("12345"), chunk("Ü", "stop"), DONE)
-    assert booked(Route.CHAT, body, messages=PROMPT) == Tally(5, 2, 0, 0, True)
+    assert booked(Route.CHAT, body, messages=PROMPT) == Tally(ASKED, 3, 0, 0, True)  # 123 45 Ü
 
 
 def test_a_side_that_is_missing_is_estimated_beside_the_one_that_is_known() -> None:
     text = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "12345678"}}
     body = sse(start(input_tokens=25), text)
-    assert booked(Route.MESSAGES, body, clean=False) == Tally(25, 2, 0, 0, True)
+    assert booked(Route.MESSAGES, body, clean=False) == Tally(25, 4, 0, 0, True)  # 1.3 times 123 456 78
     body += sse(delta("end_turn", output_tokens=7), STOP)
     assert booked(Route.MESSAGES, body) == Tally(25, 7, 0, 0, False)
 
@@ -161,7 +162,7 @@ def test_nothing_is_booked_for_a_request_that_was_refused_or_never_answered() ->
 
 def test_what_was_delivered_before_an_error_is_booked() -> None:
     body = sse(chunk("12345678"), {"error": {"message": "x"}}, DONE)
-    assert booked(Route.CHAT, body, messages=PROMPT) == Tally(5, 2, 0, 0, True)
+    assert booked(Route.CHAT, body, messages=PROMPT) == Tally(ASKED, 3, 0, 0, True)
 
 
 def test_embeddings_are_prompt_only_and_counting_costs_nothing() -> None:
@@ -178,7 +179,7 @@ def test_embeddings_are_prompt_only_and_counting_costs_nothing() -> None:
 def test_a_json_answer_without_usage_is_estimated_from_its_text() -> None:
     message = {"role": "assistant", "content": "12345"}
     seen = answered(Route.CHAT, {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
-    assert booked_body(Route.CHAT, seen, messages=PROMPT) == Tally(5, 2, 0, 0, True)
+    assert booked_body(Route.CHAT, seen, messages=PROMPT) == Tally(ASKED, 2, 0, 0, True)
 
 
 def test_counts_beyond_the_column_are_cut_and_nonsense_is_unknown() -> None:

@@ -278,7 +278,7 @@ def test_a_json_answer_is_metered_for_estimates_when_it_has_no_usage() -> None:
     call = {"function": {"name": "f", "arguments": "{}"}}
     message = {"content": "Grüße", "tool_calls": [call], "reasoning_content": "ab", "reasoning": "ab"}
     seen = answered(CHAT, {"model": "m", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
-    assert (seen.outcome, seen.usage_source, seen.text_bytes) == ("completed", "none", 7 + 2 + 2)
+    assert (seen.outcome, seen.usage_source, seen.text_bytes) == ("completed", "none", 7 + 1 + 2 + 2)
 
 
 def test_an_embeddings_answer_has_prompt_tokens_only() -> None:

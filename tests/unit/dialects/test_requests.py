@@ -105,33 +105,6 @@ def test_a_lone_surrogate_escape_passes_as_the_providers_take_it() -> None:
     assert ask.prompt_text_bytes == 4 + 3 + 12
 
 
-@pytest.mark.parametrize(
-    ("route", "document", "size"),
-    [
-        (Route.CHAT, {"messages": [{"role": "user", "content": "Grüße"}]}, 7 + 12),
-        (Route.CHAT, {"messages": [{"role": "u", "content": [{"type": "text", "text": "ab"}, {"url": "x"}]}]}, 14),
-        (Route.COMPLETIONS, {"prompt": "abc"}, 3),
-        (Route.COMPLETIONS, {"prompt": ["abc", "d"]}, 4),
-        (Route.COMPLETIONS, {"prompt": [1, 2, 3]}, 12),
-        (Route.RESPONSES, {"input": "abc", "instructions": "de"}, 5),
-        (Route.RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_text", "text": "abc"}]}]}, 15),
-        (Route.EMBEDDINGS, {"input": ["ab", "cd"]}, 4),
-        (Route.EMBEDDINGS, {"input": [[1, 2], [3]]}, 12),
-        (Route.MESSAGES, {"system": [{"type": "text", "text": "ab"}], "messages": [{"content": "c"}]}, 2 + 1 + 12),
-        (Route.MESSAGES, {"messages": "not a list"}, 10),
-        (Route.MESSAGES, {"messages": [7, None, {"content": 7}]}, 12),
-    ],
-)  # fmt: skip
-def test_the_prompt_is_measured_for_estimates(route: Route, document: dict[str, Any], size: int) -> None:
-    assert parse_ask(route, orjson.dumps({"model": "m", **document})).prompt_text_bytes == size
-
-
-def test_nothing_of_a_prompt_is_in_a_repr() -> None:
-    body = b'{"model":"m","messages":[{"role":"user","content":"secret words"}],"prompt":"secret"}'
-    ask = parse_ask(Route.CHAT, body)
-    assert "secret" not in repr(ask) + repr(build(ask, "openai", "", True))
-
-
 # --- injecting ---------------------------------------------------------------------------------------------------
 
 ON = '{"include_usage":true}'
