@@ -27,7 +27,7 @@ import math
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from proxyd.clock import Clock
 from proxyd.store.schema import Row, Store
@@ -67,6 +67,10 @@ class Ceiling:
 
     tokens: int = 0
     window_s: float = 86_400.0
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        return cls(config.quota.tokens, config.quota.window)
 
 
 @dataclass(slots=True)

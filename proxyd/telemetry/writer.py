@@ -49,11 +49,11 @@ from typing import Any, Protocol
 from proxyd.clock import SYSTEM, Clock
 from proxyd.shm.beats import State
 from proxyd.store.schema import OpenTransaction, Row, Store, StoreError
-from proxyd.store.sink import make_store
 from proxyd.telemetry.committed import Committed
 from proxyd.telemetry.desk import Accounts, Ceiling, Desk
 from proxyd.telemetry.gather import PROBE_S, Gatherer, Group
 from proxyd.telemetry.lock import LOCK_NAME, only_one
+from proxyd.telemetry.making import make_patiently
 from proxyd.telemetry.questions import Channel
 from proxyd.telemetry.reader import interrupted
 from proxyd.telemetry.recovery import remove_leftovers
@@ -65,11 +65,9 @@ from proxyd.telemetry.tally import Tally
 from proxyd.telemetry.trouble import StoreTrouble, tell_left
 from proxyd.telemetry.wake import Sleeper
 
-# Where the kernel tells of no writes, an idle node looks at its spool this often: 20 directory listings a second cost
-# 0.3 % of a core; twice doubles a row's delay.
+# Where the kernel tells of no writes, an idle node looks at its spool this often; twice doubles a row's delay.
 IDLE_MAX_S = 0.05
-# Where it does: as often as a dead writer is looked for.
-IDLE_WATCHED_S = PROBE_S
+IDLE_WATCHED_S = PROBE_S  # where it does: as often as a dead writer is looked for
 # Between two looks after one that found no row; and in a stop. Half: checkpoints of many streams keep a core busy.
 POLL_MIN_S = 0.005
 # The longest time between two looks while a group waits for company: it may be full long before a linger of seconds.
@@ -128,12 +126,13 @@ async def run(
     )
     async with only_one(Path(config.server.state_dir) / LOCK_NAME, stop, log, clock, enter) as is_ours:
         if is_ours:
-            store = make_store(telemetry.sink, telemetry.durability)
             desk = None
             if ledger is not None and questions is not None:
-                ceiling = Ceiling(config.quota.tokens, config.quota.window)
-                desk = Desk(questions.keep_answering(), ledger, ceiling, clock)
-            await Writer(directory, store, settings, metrics, log, stop, clock, enter, desk).serve()
+                desk = Desk(questions.keep_answering(), ledger, Ceiling.of(config), clock)
+            trouble = StoreTrouble(metrics, log, clock, enter)
+            store = await make_patiently(config, secrets, directory, trouble, stop, log)
+            if store is not None:
+                await Writer(directory, store, settings, metrics, log, stop, clock, enter, desk).serve()
 
 
 class Writer:
@@ -161,9 +160,8 @@ class Writer:
         self._log, self._stop, self._clock = log, stop, clock
         self._spool_bytes = metrics.gauge("proxyd_telemetry_spool_bytes")
         self._tally = Tally(metrics, directory, settings.spool_max)
-        self._committed = Committed(
-            metrics, self._tally, desk, settings.started_at, directory / DEAD_LETTERS, log, clock
-        )
+        letters = directory / DEAD_LETTERS
+        self._committed = Committed(metrics, self._tally, desk, settings.started_at, letters, log, clock)
         self._gatherer = Gatherer(directory, settings.batch_rows, log, clock)
         self._desk = desk
         self._retention = Retention(settings.retention_s, log, clock)
@@ -285,8 +283,7 @@ class Writer:
         return self._stop.is_set() and self._clock.monotonic() >= self._deadline()
 
     def _wait(self, is_idle: bool, sleeper: Sleeper) -> float:
-        """How long until the next look. A write to the spool that nobody waits for yet, a question and a stop end it
-        early."""
+        """How long until the next look. A question, a stop, and a write to an idle spool end it early."""
         group = self._gatherer.group
         if self._stop.is_set():
             return POLL_MIN_S if is_idle or group.since is not None else 0.0

@@ -82,11 +82,12 @@ class Asker:
         return len(self._under_way)
 
     def close(self) -> None:
-        """Whoever waits is told no."""
-        self._loop.remove_reader(self._end.fileno())
+        """Whoever waits is told no. Idempotent."""
         for number in list(self._under_way):
             self._end_question(number, False)
-        self._end.close()
+        if self._end.fileno() >= 0:
+            self._loop.remove_reader(self._end.fileno())
+            self._end.close()
 
     def _send(self, user_id: int, window_since: float | None, token_iat: int | None) -> _UnderWay | None:
         """The question as it is under way now; None when it cannot be asked."""
