@@ -21,6 +21,7 @@ from proxyd.access.revocations import RevocationsFull
 from proxyd.access.session import Sessions
 from proxyd.config.schema import Config
 from proxyd.config.secrets import Secrets
+from proxyd.dialects.tokens import O200K
 from proxyd.errors import Refusal
 from proxyd.front.acceptor import Acceptor
 from proxyd.front.connection import ClientConnection
@@ -212,6 +213,9 @@ class WorkerServices:
 
     def tick(self) -> None:
         self._upstreams.tick()
+        trouble = O200K.take_trouble()
+        if trouble:
+            self._log.warning("vocabulary_unavailable", detail=trouble)
         if self._keys is not None and self._keys.remote is not None:
             self._keys.remote.tick()
         self._ticks += 1
