@@ -25,7 +25,7 @@ def make_store(sink: str, durability: str, *, password: Secret | None = None, no
     Raises StoreError for a URL that names no database we speak to.
     """
     if is_mysql(sink):
-        store: Store = _mysql().MysqlStore(mysql_address(sink, password), node, log)
+        store: Store = _module("mysql").MysqlStore(mysql_address(sink, password), node, log)
         return store
     return SqliteStore(sqlite_path(sink), durability)
 
@@ -33,18 +33,18 @@ def make_store(sink: str, durability: str, *, password: Secret | None = None, no
 def open_reader(sink: str, password: Secret | None = None) -> Reader:
     """The reading side, open. Raises StoreMissing when nothing was ever stored, StoreError otherwise."""
     if is_mysql(sink):
-        reader: Reader = _mysql().MysqlReader(mysql_address(sink, password))
+        reader: Reader = _module("mysql_reader").MysqlReader(mysql_address(sink, password))
         return reader
     return SqliteReader(sqlite_path(sink))
 
 
 def mysql_address(sink: str, password: Secret | None) -> Any:
     """The `MysqlAddress` of a mysql:// sink."""
-    return importlib.import_module("proxyd.store.mysql_address").MysqlAddress.parse(sink, password)
+    return _module("mysql_address").MysqlAddress.parse(sink, password)
 
 
-def _mysql() -> Any:
-    return importlib.import_module("proxyd.store.mysql")
+def _module(name: str) -> Any:
+    return importlib.import_module(f"proxyd.store.{name}")
 
 
 def sqlite_path(sink: str) -> Path:
