@@ -57,7 +57,7 @@ def connect(address: MysqlAddress, *, read_timeout: float | None = READ_S) -> py
     try:
         connection = pymysql.connect(
             **address.arguments(), database=address.database, autocommit=True, conv=_CONVERSIONS,
-            connect_timeout=CONNECT_S, read_timeout=read_timeout, write_timeout=READ_S,
+            connect_timeout=CONNECT_S, read_timeout=CONNECT_S, write_timeout=READ_S,
             init_command="SET time_zone = '+00:00'",
         )  # fmt: skip
     except (pymysql.Error, OSError, RuntimeError) as error:
@@ -66,6 +66,8 @@ def connect(address: MysqlAddress, *, read_timeout: float | None = READ_S) -> py
     if address.ssl_ca and not connection._secure:
         connection.close()
         raise StoreError(f"{address}: the server offers no TLS, and ssl_ca asks for it")
+    # The greeting of a server that hangs is waited for as long as a connection, not as long as an answer.
+    connection._read_timeout = read_timeout
     return connection
 
 
