@@ -1,0 +1,381 @@
+"""The MySQL sink: MariaDB 10.11 and MySQL 8, one session, one transaction a batch.
+
+Owns: what is sent in which order, poison rows, when a session is opened anew. Must not know: spool files, metrics, the
+protocol (mysql_session.py), SQL text (mysql_text.py), error numbers (mysql_faults.py).
+
+A commit: START TRANSACTION, one INSERT of all rows, one upsert of all cursors, what is carried, closed and forgotten,
+COMMIT. The answer to each is awaited before the next is sent. It creates no table: `proxyd schema --apply` does.
+
+Unknown outcomes. A commit may fail after its COMMIT was sent: the connection is cut, the server frozen or killed. Then
+`cursors()` decides, and the proof that it never errs is this. Let T be the transaction of an older session of this
+node, N the new session that asks.
+1. COMMIT is sent only after the upsert of T's cursors was answered. So from before COMMIT leaves us until T has ended,
+   T holds exclusive locks on its rows of sys_ai_spool_offsets, new ones included.
+2. `cursors()` reads this node's rows FOR UPDATE: it waits for the end of every transaction that holds one of them. So
+   when it is answered and the COMMIT of T had been sent, T is over, and N sees all of T or nothing. This holds also
+   when the COMMIT still lies in the buffer of a stopped server or of a proxy: till it is read, the locks stand.
+3. When the COMMIT of T had not been sent, it never will be: the session was dropped. Its other statements may lie in
+   some buffer and run later; at the connection's end the server undoes them.
+4. InnoDB frees a transaction's locks when its commit is in memory, an instant before it is on disk; killed in between,
+   the server forgets T although N saw it. So `cursors()` writes too (a row of its own, removed again) and commits: the
+   log is one sequence, so when that COMMIT is answered, T is on disk.
+5. N holds GET_LOCK of the node (mysql_session.py), which an older session keeps until after its transaction's end. That
+   alone would do on one server; 1 and 2 need no such lock. A wait that is too long is a StoreError, and tried again.
+An error before COMMIT was sent has a known outcome, nothing: a session found dead by a transaction's first statement is
+replaced without a word.
+
+Poison rows. A row whose values the server refuses (mysql_faults.ROWS) is found by halving within savepoints, set aside
+with the server's words, and its neighbours are stored. An error of the server (locks, space, rights, schema) fails the
+whole batch, to be tried again. A number nobody knows is taken for the server's STRANGE_TRIES times for the same batch;
+after that for the rows', if at least one row, of the batch or one that was stored before, can be stored alone.
+
+Bounds: see Bounds in mysql_session.py; a statement has at most max_allowed_packet bytes; halving takes at most 6
+statements for each refused row and halving step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from proxyd.store.mysql_address import MysqlAddress
+from proxyd.store.mysql_faults import Blame, SqlFault
+from proxyd.store.mysql_reader import MysqlReader
+from proxyd.store.mysql_session import Bounds, Session
+from proxyd.store.mysql_text import bookkeeping, inserts, row_texts
+from proxyd.store.queries import WINDOW_SUM
+from proxyd.store.schema import (
+    Batch,
+    Cursor,
+    OpenTransaction,
+    Row,
+    SetAside,
+    StoreError,
+    StoreMisfit,
+    utc_text,
+)
+from proxyd.store.schema_mysql import INSPECT, compare
+
+__all__ = ["STRANGE_TRIES", "Bounds", "MysqlReader", "MysqlStore"]
+
+# With the writer's pauses, doubling from 0.05 s, this is most of a second: less than any operator's repair takes, and
+# more than a hiccup. Half would set rows aside for a hiccup; twice holds all rows up for 10 s.
+STRANGE_TRIES = 4
+_NODE = re.compile(r"[0-9A-Za-z_-]{0,16}")
+_MARK = (
+    "INSERT INTO sys_ai_spool_offsets (node, stream, segment, position, finished) VALUES ({me}, '', 0, 0, 0)"
+    " ON DUPLICATE KEY UPDATE position = position + 1"
+)
+_LOSES = {
+    "innodb_flush_log_at_trx_commit": {
+        0: "up to a second of stored rows when the server process or its machine dies",
+        2: "up to a second of stored rows when the server's machine dies",
+    },
+    "sync_binlog": {0: "replicas and backups by binlog may miss rows when the server's machine dies"},
+}
+
+
+class Log(Protocol):
+    """What we need of log.Log."""
+
+    def warning(self, event: str, /, **fields: Any) -> None: ...
+
+
+class MysqlStore:
+    """The writing side; implements `schema.Store`. One task uses it at a time."""
+
+    __slots__ = (
+        "_address", "_bounds", "_earlier", "_is_open", "_log", "_node", "_sample", "_session", "_strange",
+        "_strange_tries", "_timer", "_told",
+    )  # fmt: skip
+
+    def __init__(self, address: MysqlAddress, node: str, log: Log | None = None, bounds: Bounds | None = None) -> None:
+        if not _NODE.fullmatch(node):
+            raise ValueError("a node is at most 16 letters, digits, - and _: it stands in SQL as it is")
+        self._address, self._node, self._log, self._bounds = address, node, log, bounds or Bounds()
+        # Open without a session: it rests (`_on_idle`) and comes back with the next statement.
+        self._is_open = False
+        self._session: Session | None = None
+        self._earlier = 0
+        self._timer: asyncio.TimerHandle | None = None
+        # The batch that met an error which nobody knows, and how often.
+        self._strange: Batch | None = None
+        self._strange_tries = 0
+        self._sample = Row(0, 0, 0, 0, time.time(), "", "", "", 0, 0, 0, "", 0, 0, 0)
+        self._told: set[str] = set()
+
+    # -- its life ------------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connects and checks the schema; creates nothing."""
+        self._drop()
+        self._is_open = False
+        session = await self._connect()
+        try:
+            await self._check(session)
+        except BaseException:
+            self._drop()
+            raise
+        self._is_open = True
+        self._on_idle()
+
+    async def close(self) -> None:
+        self._is_open = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._drop()
+        await asyncio.sleep(0)  # so that the goodbye leaves
+
+    async def _connect(self) -> Session:
+        self._session = session = await Session.open(self._address, self._node, self._earlier, self._bounds)
+        self._earlier = session.id
+        return session
+
+    def _drop(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.quit()
+
+    def _on_idle(self) -> None:
+        """Lets a session go that nobody used for long, and looks again later."""
+        loop = asyncio.get_running_loop()
+        session = self._session
+        left = self._bounds.idle
+        if session is not None:
+            left = session.used_at + self._bounds.idle - loop.time()
+            if left <= 0 and not session.is_busy and not session.in_transaction:
+                self._drop()
+        if self._is_open:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = loop.call_later(max(left, 1.0), self._on_idle)
+
+    async def _check(self, session: Session) -> None:
+        tables, columns, indexes = [await session.rows(sql) for sql in INSPECT]
+        findings = compare(tables, columns, indexes)
+        stops = [finding for finding in findings if finding.stops]
+        if stops:
+            more = f" and {len(stops) - 3} more" if len(stops) > 3 else ""
+            remedy = (
+                "change it by hand, or name another database in telemetry.sink"
+                if any(finding.statement is None for finding in stops)
+                else "run `proxyd schema --apply`"
+            )
+            raise StoreMisfit(f"{self._address}: {'; '.join(map(str, stops[:3]))}{more}; {remedy}")
+        for finding in findings:
+            if self._is_news(str(finding)):
+                self._warn_index(finding.subject, finding.complaint)
+        facts = session.facts
+        if facts["log_bin"] and str(facts["binlog_format"]).upper() == "STATEMENT":
+            raise StoreMisfit(
+                f"{self._address}: binlog_format is STATEMENT, with which the server refuses every row at the isolation"
+                " level that proxyd uses; set it to MIXED or ROW"
+            )
+        for name, losses in _LOSES.items():
+            value = int(facts[name])
+            if value in losses and (name != "sync_binlog" or facts["log_bin"]) and self._is_news(f"{name} {value}"):
+                if self._log is not None:
+                    self._log.warning("store_not_durable", setting=name, value=value, may_lose=losses[value])
+
+    def _warn_index(self, index: str, complaint: str) -> None:
+        if self._log is not None:
+            self._log.warning("store_index_missing", index=index, complaint=complaint)
+
+    def _is_news(self, fact: str) -> bool:
+        if fact in self._told:
+            return False
+        self._told.add(fact)
+        return True
+
+    # -- sessions and transactions -------------------------------------------------------------------------------------
+
+    async def _first(self, sql: str) -> tuple[Session, list[tuple[Any, ...]]]:
+        """Runs the first statement of some work; a session that is found dead, or rests, is replaced, once."""
+        if not self._is_open:
+            raise StoreError(f"{self._address}: not open")
+        session = self._session
+        try:
+            if session is not None:
+                try:
+                    return session, await session.rows(sql)
+                except SqlFault as fault:
+                    if not fault.is_lost:
+                        raise
+            session = await self._connect()
+            return session, await session.rows(sql)
+        except BaseException:
+            self._fail()
+            raise
+
+    async def _begin(self) -> Session:
+        session, _ = await self._first("START TRANSACTION")
+        return session
+
+    def _fail(self) -> None:
+        """After any error: whatever the session was doing ends with it, and `open` is next."""
+        self._is_open = False
+        self._drop()
+
+    async def _step(self, session: Session, sql: str | bytes) -> int:
+        """One statement inside a transaction."""
+        touched = await session.run(sql)
+        if not session.in_transaction:
+            raise StoreError(f"{self._address}: the server ended a transaction by itself")
+        return touched
+
+    # -- schema.Store --------------------------------------------------------------------------------------------------
+
+    async def cursors(self) -> dict[str, Cursor]:
+        """Waits for the end of every older transaction of this node; see the proof above."""
+        me = f"'{self._node}'"
+        session = await self._begin()
+        try:
+            await self._step(session, _MARK.format(me=me))
+            # Only `node =`: by this the scan ends at the node's last row without a look at the next one's lock.
+            found = await session.rows(
+                "SELECT stream, segment, position, finished FROM sys_ai_spool_offsets"  # noqa: S608
+                f" WHERE node = {me} FOR UPDATE"
+            )
+            await self._step(session, f"DELETE FROM sys_ai_spool_offsets WHERE node = {me} AND stream = ''")  # noqa: S608
+            await session.run("COMMIT")
+        except BaseException:
+            self._fail()
+            raise
+        return {name: Cursor(name, segment, position, bool(end)) for name, segment, position, end in found if name}
+
+    async def open_transactions(self) -> list[OpenTransaction]:
+        _, found = await self._first(
+            f"SELECT stream, txn, intent, checkpoint FROM sys_ai_spool_open WHERE node = '{self._node}'"  # noqa: S608
+        )
+        return [OpenTransaction(*columns) for columns in found]
+
+    async def commit(self, batch: Batch, set_aside: SetAside) -> int:
+        session = await self._begin()
+        try:
+            refused = await self._insert(session, batch)
+            if refused:
+                set_aside(refused)
+            for statement in bookkeeping(batch, self._node, session.quote, session.max_bytes):
+                await self._step(session, statement)
+            await session.run("COMMIT")
+        except BaseException:
+            self._fail()
+            raise
+        self._strange = None
+        if batch.rows and len(refused) < len(batch.rows):
+            failed = {id(row) for row, _ in refused}
+            self._sample = next(row for row in reversed(batch.rows) if id(row) not in failed)
+        return len(refused)
+
+    async def holds(self, row: Row) -> bool:
+        request_id = row.request_id.encode(errors="replace").hex()
+        _, found = await self._first(
+            f"SELECT 1 FROM sys_ai_transactions WHERE user_id = {row.user_id:d}"  # noqa: S608
+            f" AND created_at = '{utc_text(row.created_at)}' AND request_id = X'{request_id}' LIMIT 1"
+        )
+        return bool(found)
+
+    async def window_sum(self, user_id: int, since: float) -> int:
+        user, moment = f"{user_id:d}", f"'{utc_text(since)}'"
+        _, ((total,),) = await self._first(WINDOW_SUM.replace("?", user, 1).replace("?", moment, 1))
+        return int(total or 0)
+
+    async def spends(self, user_id: int, since: float, limit: int) -> list[tuple[float, int]]:
+        _, found = await self._first(
+            "SELECT UNIX_TIMESTAMP(created_at), SUM(prompt_tokens + completion_tokens) FROM sys_ai_transactions"  # noqa: S608
+            f" WHERE user_id = {user_id:d} AND created_at >= '{utc_text(since)}'"
+            f" GROUP BY created_at ORDER BY created_at LIMIT {limit:d}"
+        )
+        return [(float(second), int(tokens)) for second, tokens in found]
+
+    async def delete_older(self, cutoff: float, limit: int) -> int:
+        """Rows that another node is deleting are passed over, so that nobody waits."""
+        session = await self._begin()
+        try:
+            found = await session.rows(
+                f"SELECT transaction_id FROM sys_ai_transactions WHERE created_at < '{utc_text(cutoff)}'"  # noqa: S608
+                f" ORDER BY created_at LIMIT {limit:d} FOR UPDATE SKIP LOCKED"
+            )
+            if found:
+                ids = ",".join(str(number) for (number,) in found)
+                await self._step(session, f"DELETE FROM sys_ai_transactions WHERE transaction_id IN ({ids})")  # noqa: S608
+            await session.run("COMMIT")
+        except BaseException:
+            self._fail()
+            raise
+        return len(found)
+
+    # -- rows ----------------------------------------------------------------------------------------------------------
+
+    async def _insert(self, session: Session, batch: Batch) -> list[tuple[Row, str]]:
+        """All rows in one statement; those that cannot be stored, with the reason."""
+        texts, refused = row_texts(batch.rows, session.quote)
+        try:
+            for statement in inserts((text for _, text in texts), session.max_bytes):
+                await self._step(session, statement)
+        except SqlFault as fault:
+            is_strange = fault.blame is Blame.UNKNOWN
+            if fault.blame is Blame.SERVER or (is_strange and not self._is_worn_out(batch)):
+                raise
+            # From the start, with savepoints: no doubt what of a failed statement is there.
+            await session.run("ROLLBACK")
+            await session.run("START TRANSACTION")
+            found = await self._halve(session, texts, is_strange)
+            if is_strange and len(found) == len(texts) and not await self._can_store_any(session):
+                raise
+            refused += found
+        return refused
+
+    def _is_worn_out(self, batch: Batch) -> bool:
+        """True when the batch met an unknown error more often than STRANGE_TRIES."""
+        if self._strange is not batch:
+            self._strange, self._strange_tries = batch, 0
+        self._strange_tries += 1
+        return self._strange_tries > STRANGE_TRIES
+
+    async def _halve(
+        self, session: Session, texts: Sequence[tuple[Row, bytes]], takes_strange: bool
+    ) -> list[tuple[Row, str]]:
+        """Inserts every row that can be inserted; the others, in their order, with the server's words."""
+        refused: list[tuple[Row, str]] = []
+        parts = [texts]
+        while parts:
+            part = parts.pop()
+            fault = await self._try_part(session, [text for _, text in part])
+            if fault is None:
+                continue
+            if fault.blame is Blame.SERVER or (fault.blame is Blame.UNKNOWN and not takes_strange):
+                raise fault
+            if len(part) == 1:
+                refused.append((part[0][0], f"{fault.number}: {fault.text}"))
+            else:
+                middle = len(part) // 2
+                parts += [part[middle:], part[:middle]]
+        return refused
+
+    async def _try_part(self, session: Session, texts: Sequence[bytes]) -> SqlFault | None:
+        """Inserts all of them or, with the fault returned, none."""
+        await self._step(session, "SAVEPOINT part")
+        try:
+            for statement in inserts(texts, session.max_bytes):
+                await self._step(session, statement)
+        except SqlFault as fault:
+            if fault.is_lost:
+                raise
+            await self._step(session, "ROLLBACK TO SAVEPOINT part")
+            return fault
+        return None
+
+    async def _can_store_any(self, session: Session) -> bool:
+        """True when a row like one that was stored before still could be; it is taken back."""
+        sample = self._sample._replace(request_id=f"proxyd-try-{os.urandom(8).hex()}")
+        texts, _ = row_texts([sample], session.quote)
+        if await self._try_part(session, [text for _, text in texts]) is not None:
+            return False
+        await self._step(session, "ROLLBACK TO SAVEPOINT part")
+        return True
