@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, environ: Mapping[str, str] = os.environ, clock
         reader = open_reader(sink, password)
         try:
             # The index is asked first, so that the splits hold at least what the total does.
-            in_all = user_totals(reader, asked.user_id, since) if _is_user_alone(asked) else None
+            in_all = user_totals(reader, args.user, since) if _is_user_alone(asked) else None
             groups = usage(reader, asked)
         finally:
             reader.close()
