@@ -112,8 +112,8 @@ class Gatherer:
     """All streams of one spool directory."""
 
     __slots__ = (
-        "_clock", "_directory", "_finished", "_kept", "_limit", "_log", "_next_probe", "_rejected", "_requeues",
-        "_unreadable", "forget", "group", "streams",
+        "_blocked", "_clock", "_directory", "_finished", "_kept", "_limit", "_log", "_next_probe", "_rejected",
+        "_requeues", "_unreadable", "forget", "group", "streams",
     )  # fmt: skip
 
     def __init__(self, directory: Path, limit: int, log: SpoolLog, clock: Clock) -> None:
@@ -123,6 +123,8 @@ class Gatherer:
         self.group = Group()
         # Ended streams without files, whose cursors the next commit may delete.
         self.forget: list[str] = []
+        # Streams whose files could not be read when they were to be taken up: what the store has of them.
+        self._blocked: dict[str, tuple[Cursor | None, Sequence[OpenTransaction]]] = {}
         self._rejected: set[str] = set()
         self._finished: set[str] = set()
         self._kept: set[str] = set()
@@ -133,10 +135,22 @@ class Gatherer:
     def adopt(
         self, name: str, sequences: Sequence[int], cursor: Cursor | None, carried: Sequence[OpenTransaction]
     ) -> None:
-        """Takes a stream up at its cursor; what the cursor says is stale goes. A repeated call starts it over."""
-        if is_requeue(name):
-            self._adopt_requeue(name, cursor)
-            return
+        """Takes a stream up at its cursor; what the cursor says is stale goes. A repeated call starts it over.
+
+        One that cannot be read now is tried again by each gather, and keeps nobody else waiting.
+        """
+        try:
+            if is_requeue(name):
+                self._adopt_requeue(name, cursor)
+            else:
+                self._adopt(name, sequences, cursor, carried)
+        except OSError as error:
+            self._blocked[name] = cursor, carried
+            self._tell_unreadable(name, cursor.segment if cursor is not None else 0, str(error))
+
+    def _adopt(
+        self, name: str, sequences: Sequence[int], cursor: Cursor | None, carried: Sequence[OpenTransaction]
+    ) -> None:
         known = self.streams.pop(name, None)
         if known is not None:
             known.close()
@@ -185,9 +199,13 @@ class Gatherer:
         listing, foreign, requeues = list_files(self._directory)
         for name in foreign:
             self._reject(name)
-        for name in listing.keys() - self.streams.keys() - self._finished:
-            if any(segment_name(name, sequence) not in self._rejected for sequence in listing[name]):
-                self.adopt(name, listing[name], None, [])
+        for name in (listing.keys() | self._blocked.keys()) - self.streams.keys() - self._finished:
+            sequences = listing.get(name, [])
+            known = self._blocked.pop(name, None)
+            if known is not None:
+                self.adopt(name, sequences, *known)
+            elif any(segment_name(name, sequence) not in self._rejected for sequence in sequences):
+                self.adopt(name, sequences, None, [])
         now = self._clock.monotonic()
         is_probe_due = is_stopping or now >= self._next_probe
         if is_probe_due:

@@ -97,8 +97,22 @@ def test_the_longest_strings_fit() -> None:
     assert decode_final(1, frame.payload).tenant == wide[:63]
 
 
+@pytest.mark.parametrize("tenant", ["default", "t" * 12])
+def test_a_record_with_realistic_names_takes_at_most_120_bytes_of_the_spool(tenant: str) -> None:
+    """Whatever its counts are: they have a fixed width."""
+    names = {"tenant": tenant, "upstream": "openai"}
+    request_id, most = "0123456789abcdef" * 2, {"user_id": 2**64 - 1, "model_id": 2**16 - 1}
+    counts = {"prompt_tokens": 2**32 - 1, "completion_tokens": 2**32 - 1, "duration_ms": 2**32 - 1, "attempts": 255}
+    sizes = {
+        "intent": len(encode_intent(intent(2**64 - 1, request_id, **names, **most, prompt_estimate=2**32 - 1), SEED)),
+        "checkpoint": len(encode_checkpoint(checkpoint(2**64 - 1, 5)._replace(**counts, upstream="openai"), SEED)),
+        "final": len(encode_final(final(2**64 - 1, request_id, **names, **most, **counts), SEED, 1.7e9)),
+    }
+    assert max(sizes.values()) <= 120, sizes
+    assert sum(sizes.values()) <= 3 * 90, sizes
+
+
 def test_typical_records_are_small() -> None:
-    assert len(encode_final(final(1, "0" * 32), SEED, 0.0)) <= 120
     assert len(encode_checkpoint(checkpoint(1, 5), SEED)) <= 48
 
 
