@@ -292,7 +292,7 @@ class Writer:
         if group.since is not None:
             return min(self._linger_left(group), GATHER_MAX_S)
         if not is_idle:
-            self._poll_s = wait = POLL_MIN_S
+            self._poll_s = wait = min(POLL_MIN_S, max(self._settings.linger_s, 0.001))
         elif sleeper.is_watching:
             wait = IDLE_WATCHED_S
         elif sleeper.watch():
