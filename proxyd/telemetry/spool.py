@@ -1,6 +1,6 @@
 """The writing end of the spool: a process's records go to its own segments, one write(2) per loop turn.
 
-Long because every part of it holds the one descriptor and the counts of what is in it.
+It is long because every part of it works on the one descriptor and the counts of what is in it.
 
 Owns: the live segment, what is not yet written, what is not yet synced. Must not know: the store, who reads,
 configuration.
