@@ -17,6 +17,7 @@ RUNS = (
     "tests/unit/relay/test_compiled_exchange.py",
     "tests/unit/wire/test_splitter.py",
     "tests/unit/wire/test_scan.py",
+    "tests/unit/dialects/test_vocabulary.py",
 )
 
 
