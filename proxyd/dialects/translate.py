@@ -127,6 +127,11 @@ class Translator:
         return self._inner.parse_errors
 
     @property
+    def sample(self) -> bytes:
+        """The first kilobyte of the text told so far."""
+        return self._sample
+
+    @property
     def text(self) -> Text:
         return self._inner.text
 

@@ -70,13 +70,8 @@ def begin_stream(
     assert kind is not None
     length = answer.head.content_length or 0
     media = answer.media(streaming=ask.stream)
-    splitter: Splitter | None = None
     tap: Tap | None = None
-    if is_sse and outgoing.translate:
-        splitter = Splitter(observer.on_event, None, MAX_TRANSLATED_BYTES, MAX_TRANSLATED_BYTES)
-    elif is_sse:
-        splitter = Splitter(observer.on_event, observer.watch)
-    else:
+    if not is_sse:
         tap = Tap(observer, media, answer.content_type, answer.head.status, answer.coding)
     framing, out_kind = _framing(asker.version, kind, length, is_sse)
     keep_alive = client.may_keep_alive and framing != "close"
@@ -114,6 +109,12 @@ def begin_stream(
         keep_alive=keep_alive,
         upstream_keeps=answer.head.keep_alive and kind != BODY_CLOSE,
     )
+    splitter: Splitter | None = None
+    if is_sse and outgoing.translate:
+        on_event = stream.on_limited_event if stream.meter.is_limited else observer.on_event
+        splitter = Splitter(on_event, None, MAX_TRANSLATED_BYTES, MAX_TRANSLATED_BYTES)
+    elif is_sse:
+        splitter = Splitter(observer.on_event, observer.watch)
     fd = client.begin_stream()
     tls = tls_of(connection)
     exchange = Exchange(
@@ -152,6 +153,7 @@ def reply_whole(asker: Asker, answer: Answer, body: bytes, observer: Observer | 
     tally = settle(observer, ask, observer.text_bytes, status < 400)
     answered = "completed" if tap.is_opaque or (status < 400 and not body) else observer.outcome
     transaction.secure(tally, answered)
+    transaction.release()
     asker.client.reply(status, headers + asker.cors, out)
     cause = Cause.COMPLETE if status < 400 else Cause.REFUSED_BY_UPSTREAM
     transaction.finish(cause, answered, tally, detail=error_words(observer.error))

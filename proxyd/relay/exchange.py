@@ -7,6 +7,7 @@ Must not know: how the upstream was chosen, routes, tokens' rules. The bytes the
     upstream broken  -> the dialect's error event at an event boundary, no end mark; both closed
     client gone      -> upstream closed at once; but after the terminal event it was a success: read on, briefly
     deadline         -> as broken (upstream), or closed (client)
+    out of tokens    -> as broken, at the event that crossed the line; but after the terminal event it was a success
 
 Invariants: `_settle` runs once (Transaction.finish absorbs the rest) and after it neither connection is touched again;
 no callback of the compiled exchange comes after its close().
@@ -25,7 +26,6 @@ from proxyd._sse import Splitter
 from proxyd.dialects.ask import Ask
 from proxyd.dialects.errors import error_event
 from proxyd.dialects.observer import Observer
-from proxyd.dialects.tokens import estimate
 from proxyd.dialects.translate import Translator
 from proxyd.dialects.usage import Tally, settle
 from proxyd.errors import UpstreamErrorKind
@@ -33,6 +33,7 @@ from proxyd.front.connection import ClientConnection
 from proxyd.front.wheel import NEVER, NOT_PARKED, Wheel
 from proxyd.log import Log
 from proxyd.relay.deadlines import Due, Limits, Times, decide_due
+from proxyd.relay.meter import Meter
 from proxyd.relay.outcome import Transaction, error_words
 from proxyd.relay.states import Cause, Phase
 from proxyd.relay.tap import Tap
@@ -62,6 +63,7 @@ _MESSAGES = {
     Cause.TOTAL_TIMEOUT: ("timeout_error", "upstream_timeout", "The answer took longer than is allowed."),
     Cause.DRAINED: ("overloaded_error", "draining", "This node is restarting; ask again."),
     Cause.REVOKED: ("authentication_error", "session_revoked", "This session was revoked."),
+    Cause.QUOTA_EXCEEDED: ("rate_limit_error", "quota_exceeded", "This user's tokens are used up."),
     Cause.INTERNAL: ("api_error", "internal_error", "The answer could not be relayed."),
 }
 
@@ -83,8 +85,8 @@ class Stream:
 
     __slots__ = (
         "_ask", "_cause", "_client", "_detail", "_exchange", "_finishing", "_has_last_word", "_is_sse",
-        "_keep_alive", "_limits", "_marked", "_observer", "_reusable", "_shared", "_sinking", "_tap", "_told_at",
-        "_translator", "_upstream", "_upstream_keeps", "_whole", "deadline", "parked", "transaction",
+        "_keep_alive", "_limits", "_observer", "_reusable", "_shared", "_sinking", "_tap", "_told_at",
+        "_translator", "_upstream", "_upstream_keeps", "_whole", "deadline", "meter", "parked", "transaction",
     )  # fmt: skip
 
     def __init__(
@@ -119,7 +121,7 @@ class Stream:
         self._whole = False
         self._sinking = False
         self._finishing = False
-        self._marked = -1
+        self.meter = Meter(transaction, ask, observer, tap)
         self._told_at: float | None = None
         self._has_last_word = False
         self._exchange: Exchange | None = None
@@ -131,6 +133,7 @@ class Stream:
         self._exchange = exchange
         self.transaction.move(Phase.STREAMING)
         self._shared.wheel.add(self, self._shared.monotonic() + min(1.0, self._limits.heartbeat_s or 1.0))
+        self.meter.start(exchange)
         exchange.start(head, initial)
 
     # -- what the compiled exchange reports ----------------------------------------------------------------------
@@ -144,6 +147,14 @@ class Stream:
     def on_tap(self, payload: bytes) -> None:
         if self._tap is not None:
             self._tap.feed(payload)
+            if self.meter.is_limited:
+                self.meter.on_text(self._tap.text_bytes)
+
+    def on_limited_event(self, name: bytes, data: bytes, flags: int) -> bytes | None:
+        """The splitter's on_event where a translator counts the text and there is a line to be seen."""
+        frames = self._observer.on_event(name, data, flags)
+        self.meter.on_text(self._observer.text_bytes)
+        return frames
 
     def on_complete(self, leftover: int, held: bytes) -> bytes:
         """The upstream's framing is satisfied: it goes back to the pool now, the client gets its end."""
@@ -327,19 +338,16 @@ class Stream:
             return
         self._shared.on_upstream_end(upstream, _CAUSE_KINDS.get(self._cause) if self._cause else None, self._detail)
         upstream.release(reusable)
+        self.transaction.release()
 
     def _checkpoint(self) -> None:
-        """Counts so far, when they changed since the last time."""
-        exchange = self._exchange
-        if exchange is None or exchange.bytes_in == self._marked or self.transaction.is_finished:
+        """Counts so far. A stream whose user is over the line ends here, unless it has its terminal event. A body that
+        is no event stream is whole or nothing: it goes on."""
+        if self._exchange is None or self.transaction.is_finished or self.meter.look():
             return
-        self._marked = exchange.bytes_in
-        observer = self._observer
-        usage = observer.usage
-        text_bytes = max(exchange.text_bytes, observer.text_bytes, self._tap.text_bytes if self._tap is not None else 0)
-        prompt = self.transaction.prompt_estimate if usage.prompt is None else usage.prompt
-        completion = estimate(text_bytes) if usage.completion is None else usage.completion
-        self.transaction.checkpoint(prompt, completion)
+        may_be_cut = self._is_sse or (self._tap is not None and self._tap.is_stream)
+        if may_be_cut and not self._sinking and not self._observer.terminal:
+            self._end(Cause.QUOTA_EXCEEDED)
 
     def _content(self) -> str:
         """completed, truncated or error: the answer's content. What nobody can read was whole if its framing was."""
@@ -359,6 +367,7 @@ class Stream:
             return
         self._finish_observer(clean=False)
         self._exchange = None
+        self.meter.close()
         exchange.close()
         self._shared.wheel.cancel(self)
         cause = self._cause or Cause.INTERNAL

@@ -349,6 +349,7 @@ class Call:
         if transaction.is_finished:
             return
         transaction.http_status = refusal.status
+        transaction.release()
         self._client.refuse(refusal, self._cors)
         transaction.finish(cause, "error", tally, detail=detail)
 

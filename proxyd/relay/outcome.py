@@ -4,8 +4,10 @@ Owns: what is written where when a request ends, whatever ended it. Must not kno
 
     Transaction.begin()  -> intent in the spool, before any upstream is contacted
     .checkpoint(...)     -> counts so far, while it streams
+    .progress(tokens)    -> may it go on: the user's tokens, all workers together
+    .release()           -> the concurrency permit is given back: nothing more is asked of an upstream
     .secure(tally, ...)  -> how it is about to end, written before its last bytes are sent
-    .finish(cause, ...)  -> final record, ticket settled or refunded, metrics, access log; later calls do nothing
+    .finish(cause, ...)  -> ticket settled or refunded, final record, metrics, access log; later calls do nothing
 
 Invariant: after begin() there is exactly one finish(), or the process died and the spool's reader writes the row.
 """
@@ -169,6 +171,19 @@ class Transaction:
             upstream=self.upstream,
         )
 
+    def progress(self, tokens: int) -> bool:
+        """Tells what the request has used so far. False: the user is over the line, so a stream ends here."""
+        return self._ticket.progress(tokens)
+
+    def tokens_left(self) -> int | None:
+        """How many more tokens the user has until the line; None without one."""
+        return self._ticket.tokens_left()
+
+    def release(self) -> None:
+        """The upstream's part is over: another request of the tenant may begin, before a client can see this one's end.
+        Later calls do nothing."""
+        self._ticket.release()
+
     def secure(self, tally: Tally, answer: str) -> None:
         """Writes the end before the answer's last bytes leave: a client that has them may take it for billed, and a
         kill -9 between that send and finish() would leave an interruption with an estimate. Cost: one write(2)."""
@@ -194,6 +209,15 @@ class Transaction:
         self.phase = transition(self.phase, Phase.FINISHED)
         status = row_status(cause, answer)
         duration_ms = self._duration_ms()
+        # The ticket first: what telemetry counts as stored must have been settled before, or a kill between the two
+        # leaves a row that the shared ledger takes off the user's spending. This way round it counts twice, until the
+        # ledger is mended: a user is refused a little early, never let through. Both are of one turn of the loop, and
+        # the record is written at its end.
+        spent = tally.prompt_tokens + tally.completion_tokens
+        if spent:
+            self._ticket.settle(spent)
+        else:
+            self._ticket.refund()
         self._book.final(
             self._txn,
             self.session.user_id,
@@ -212,11 +236,6 @@ class Transaction:
             ttft_ms=self.ttft_ms,
             duration_ms=duration_ms,
         )
-        spent = tally.prompt_tokens + tally.completion_tokens
-        if spent:
-            self._ticket.settle(spent)
-        else:
-            self._ticket.refund()
         self._measure(cause, status, tally)
         self._write_log(cause, status, tally, duration_ms, detail)
         self._on_finished(self)

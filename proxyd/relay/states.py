@@ -71,6 +71,7 @@ class Cause(StrEnum):
     CONNECT_TIMEOUT = "connect_timeout"
     DRAINED = "drained"  # drain_timeout was over
     REVOKED = "revoked"  # the session was revoked
+    QUOTA_EXCEEDED = "quota_exceeded"  # the user's tokens ran out within the stream
     INTERNAL = "internal"  # our own bug
 
 
@@ -88,6 +89,7 @@ _ROW_STATUS = {
     Cause.CONNECT_TIMEOUT: "timeout",
     Cause.DRAINED: "interrupted",
     Cause.REVOKED: "interrupted",
+    Cause.QUOTA_EXCEEDED: "interrupted",
     Cause.INTERNAL: "interrupted",
 }
 

@@ -63,6 +63,11 @@ class Tap:
         """The first kilobyte of that text, as the splitter keeps it."""
         return b"" if self._splitter is None else self._splitter.sample
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether this is an event stream, which may be cut; anything else is whole or nothing."""
+        return self._splitter is not None
+
     def divert(self, out: Callable[[bytes], object]) -> None:
         """Wants the frames that a translator makes of an encoded event stream."""
         self._out = out
