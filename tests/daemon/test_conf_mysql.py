@@ -4,11 +4,31 @@ exactly the rights that it is given."""
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from tests.daemon.harness import ROOT
+import pymysql
+import pytest
+
+from proxyd.store.apply import ddl
+from tests.daemon.harness import (
+    CHAT,
+    DONE,
+    FINISH,
+    ROOT,
+    USAGE,
+    Script,
+    Upstream,
+    ask,
+    chat_chunk,
+    node,
+    wait_for,
+)
 from tests.daemon.mariadb import MariaDb, program
+from tests.daemon.test_store_commands import ROW, ago
 
 CONF = ROOT / "conf" / "mysql"
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -35,7 +55,7 @@ def test_a_server_takes_every_setting() -> None:
         found = dict(server.query("SHOW GLOBAL VARIABLES"))
         log = server.log()
     assert {name: found[name] for name in wanted} == {name: as_shown(value) for name, value in wanted.items()}
-    assert not re.search(r"\[(Warning|ERROR)\].*(innodb|variable|option)", log, re.IGNORECASE), log
+    assert not re.search(r"\[(Warning|ERROR)\].*(innodb|variable|option|deprecated)", log, re.IGNORECASE), log
 
 
 def test_every_setting_says_what_it_risks() -> None:
@@ -46,3 +66,74 @@ def test_every_setting_says_what_it_risks() -> None:
         assert re.search(r"\brisk|\bharmful|\bShorter|\bmuch longer", paragraph, re.IGNORECASE), paragraph
     told = {name for part in paragraphs for name in re.findall(r"^([a-z_]+) = ", part, re.MULTILINE)}
     assert told == set(settings())
+
+
+def test_the_file_of_tables_is_what_the_command_prints() -> None:
+    assert (CONF / "schema.sql").read_text() == ddl("mysql://u@h/d") + "\n"
+
+
+def readme_steps() -> list[list[str]]:
+    """The client's calls of the README, as words."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    steps = [shlex.split(line) for line in lines if line.startswith("mariadb ")]
+    assert len(steps) == 4
+    return steps
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Any:
+    """A server on which an administrator followed the README, but for a password in place of the system's own name."""
+    with MariaDb() as server:
+        for words in readme_steps():
+            source = None
+            if "<" in words:
+                source = (ROOT / words[words.index("<") + 1]).read_text()
+                words = words[: words.index("<")]
+            words = [word.replace("IDENTIFIED VIA unix_socket", "IDENTIFIED BY 'pw'") for word in words]
+            command = [program("mariadb"), "--no-defaults", "-u", "root", "-S", server.socket, *words[1:]]
+            subprocess.run(command, input=source, text=True, check=True, timeout=60)
+        yield server
+
+
+def sink(server: MariaDb) -> str:
+    return f"mysql://proxyd:pw@/proxyd?unix_socket={server.socket}"
+
+
+def test_the_daemon_lives_on_these_rights(
+    prepared: MariaDb, tmp_path: Path, upstream: Callable[[Script], Upstream]
+) -> None:
+    prepared.query(ROW, 42, 1, ago(40 * 86400), "acme", 0, database="proxyd")
+    up = upstream(lambda wire: wire.stream(chat_chunk("Hi"), FINISH, USAGE, DONE))
+    telemetry = f'sink = "{sink(prepared)}"\nretention = "30d"\n'
+    with node(tmp_path, up, telemetry=telemetry, quota='tokens = 1000000\nrefresh = "1s"') as daemon:
+        for _ in range(3):
+            assert ask(daemon, "/v1/chat/completions", CHAT).status == 200
+
+        def users() -> list[Any]:
+            return prepared.query("SELECT user_id, status FROM sys_ai_transactions ORDER BY user_id", database="proxyd")
+
+        # Three rows were added, and retention deleted the old one.
+        wait_for(lambda: users() == [(7, "completed")] * 3, 60)
+        assert len(prepared.query("SELECT * FROM sys_ai_spool_offsets", database="proxyd")) > 0
+        daemon.close_clients()
+        assert daemon.stop() == 0
+        log = daemon.log()
+    assert "denied" not in log
+    assert "store_failed" not in log
+    assert prepared.query("SELECT * FROM sys_ai_spool_open", database="proxyd") == []
+
+
+def test_the_rights_are_no_more(prepared: MariaDb) -> None:
+    connection = prepared.connect(user="proxyd", password="pw", database="proxyd")
+    with connection.cursor() as cursor:
+        for statement in (
+            "UPDATE sys_ai_transactions SET user_id = 1",
+            "ALTER TABLE sys_ai_transactions ADD COLUMN x INT",
+            "DROP TABLE sys_ai_spool_open",
+            "CREATE TABLE other (x INT)",
+            "SELECT * FROM mysql.user",
+        ):
+            with pytest.raises(pymysql.Error) as refused:
+                cursor.execute(statement)
+            assert refused.value.args[0] in (1142, 1044), statement
+    connection.close()
