@@ -335,7 +335,7 @@ class Admission:
         refusal = decide_refusal(lines, sums.held, times)
         window_since = now - self._window_s if self._window_tokens else None
         iat = _iat(session)
-        if may_wait and account.is_shared and must_read(lines, refusal is not None, now_ms):
+        if may_wait and account.is_shared and must_read(lines, refusal is not None, now, now_ms):
             raise NeedsReading(session.user_id, window_since, iat)
         age = age_ms(lines, now_ms)
         if age > self._refresh_ms and account.is_shared and (window_since is not None or iat is not None):

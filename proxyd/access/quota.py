@@ -96,13 +96,14 @@ def decide_refusal(lines: Sequence[Line], held: int, times: Times) -> Refusal | 
 def _wait_s(line: Line, times: Times) -> int:
     if line.kind is Kind.TOKEN:
         return max(1, min(math.ceil(times.session_ends - times.now), MAX_RETRY_AFTER_S))
-    wait_s = line.free_at + WINDOW_MARGIN_S - times.now if line.free_at else times.window_s
-    return max(1, math.ceil(wait_s))
+    opens_at = line.free_at if line.free_at else times.now + times.window_s
+    return max(1, math.ceil(opens_at + WINDOW_MARGIN_S - times.now))
 
 
-def must_read(lines: Sequence[Line], is_refusal: bool, now_ms: int) -> bool:
+def must_read(lines: Sequence[Line], is_refusal: bool, now: float, now_ms: int) -> bool:
     """Whether the store has to be asked before this is decided: a line that matters was never read, or the answer
-    would be no and the last reading may be out of date. A session that came without any tokens is never asked for."""
+    would be no and the last reading may be out of date, or is of before the moment at which the window was to open.
+    A session that came without any tokens is never asked for. `now`: wall seconds, of the same instant."""
     if any(line.kind is Kind.TOKEN and line.limit <= 0 for line in lines):
         return False
     for line in lines:
@@ -110,11 +111,19 @@ def must_read(lines: Sequence[Line], is_refusal: bool, now_ms: int) -> bool:
             continue
         if line.read_at_ms is None:
             return True
-        if is_refusal:
-            is_unknown = line.kind is Kind.WINDOW and line.spent >= line.limit and not line.free_at
-            if now_ms - line.read_at_ms > (UNKNOWN_AGE_MS if is_unknown else REFUSAL_AGE_MS):
-                return True
+        if is_refusal and now_ms - line.read_at_ms > _longest_age_ms(line, now):
+            return True
     return False
+
+
+def _longest_age_ms(line: Line, now: float) -> float:
+    """How old a reading may be that a refusal rests on."""
+    if line.kind is Kind.TOKEN or line.spent < line.limit:
+        return REFUSAL_AGE_MS
+    if not line.free_at:
+        return UNKNOWN_AGE_MS
+    open_ms = (now - line.free_at - WINDOW_MARGIN_S) * 1000
+    return REFUSAL_AGE_MS if open_ms < 0 else min(REFUSAL_AGE_MS, open_ms)
 
 
 def age_ms(lines: Sequence[Line], now_ms: int) -> float:

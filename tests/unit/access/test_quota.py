@@ -63,8 +63,8 @@ def test_a_window_says_when_it_opens(free_in: int, wait_s: int) -> None:
 
 
 def test_a_window_that_nobody_knows_the_end_of_takes_its_whole_length() -> None:
-    assert told([window(100)])[1] == 86_400
-    assert told([window(100)], times=Times(NOW, NOW + 9, 2.5))[1] == 3
+    assert told([window(100)])[1] == 86_401
+    assert told([window(100)], times=Times(NOW, NOW + 9, 2.5))[1] == 4
 
 
 def test_where_both_are_spent_the_longer_wait_is_told() -> None:
@@ -73,27 +73,39 @@ def test_where_both_are_spent_the_longer_wait_is_told() -> None:
 
 
 def test_the_store_is_asked_when_a_line_that_matters_was_never_read() -> None:
-    assert must_read([window(0, read_at_ms=None)], False, 10)
-    assert must_read([window(0), token(0, read_at_ms=None)], False, 10)
-    assert not must_read([window(0), token(0)], False, 10**9)
+    assert must_read([window(0, read_at_ms=None)], False, NOW, 10)
+    assert must_read([window(0), token(0, read_at_ms=None)], False, NOW, 10)
+    assert not must_read([window(0), token(0)], False, NOW, 10**9)
 
 
 def test_the_store_is_asked_before_a_refusal_that_would_rest_on_an_old_reading() -> None:
-    full = window(100, read_at_ms=5000, free_at=1)
-    assert not must_read([full], True, 6000)
-    assert must_read([full], True, 6001)
-    assert not must_read([full], False, 60_000)
+    full = window(100, read_at_ms=5000, free_at=int(NOW) + 5)
+    assert not must_read([full], True, NOW, 6000)
+    assert must_read([full], True, NOW, 6001)
+    assert not must_read([full], False, NOW, 60_000)
+
+
+def test_no_refusal_rests_on_a_reading_of_before_the_window_was_to_open() -> None:
+    def is_asked(read_at_ms: int, opened_ms: int) -> bool:
+        line = window(100, read_at_ms=read_at_ms, free_at=int(NOW) - 1)
+        return must_read([line], True, NOW + opened_ms / 1000, 9000)
+
+    assert not is_asked(read_at_ms=8600, opened_ms=-1)
+    assert is_asked(read_at_ms=8600, opened_ms=100)
+    assert is_asked(read_at_ms=8600, opened_ms=399)
+    assert not is_asked(read_at_ms=8600, opened_ms=401)
+    assert is_asked(read_at_ms=7900, opened_ms=5000)
 
 
 def test_the_store_is_asked_sooner_where_it_could_not_tell_when_the_window_opens() -> None:
-    assert must_read([window(100, read_at_ms=5000)], True, 5251)
-    assert not must_read([window(100, read_at_ms=5000)], True, 5250)
-    assert not must_read([window(40, read_at_ms=5000)], True, 5900)
+    assert must_read([window(100, read_at_ms=5000)], True, NOW, 5251)
+    assert not must_read([window(100, read_at_ms=5000)], True, NOW, 5250)
+    assert not must_read([window(40, read_at_ms=5000)], True, NOW, 5900)
 
 
 def test_nobody_asks_for_a_session_that_came_without_tokens_or_whose_spending_nobody_can_date() -> None:
-    assert not must_read([window(0, read_at_ms=None), token(0, limit=0, read_at_ms=None)], True, 10)
-    assert not must_read([Line(Kind.TOKEN, 10, 10, is_readable=False)], True, 10)
+    assert not must_read([window(0, read_at_ms=None), token(0, limit=0, read_at_ms=None)], True, NOW, 10)
+    assert not must_read([Line(Kind.TOKEN, 10, 10, is_readable=False)], True, NOW, 10)
 
 
 def test_the_age_is_that_of_the_line_read_longest_ago() -> None:
