@@ -171,7 +171,14 @@ class Gatherer:
                 self._log.error(
                     "spool_shorter_than_stored", stream=name, segment=cursor.segment, position=cursor.position
                 )
+        expected = range(cursor.segment if cursor is not None else 1, stream.sequence)
+        self._tell_missing(name, [sequence for sequence in expected if sequence not in sequences])
         self.streams[name] = stream
+
+    def _tell_missing(self, name: str, sequences: Sequence[int]) -> None:
+        """Segments go only once the stream has left them; so these were taken away, or are in another store."""
+        if sequences:
+            self._log.error("spool_segments_missing", stream=name, first=sequences[0], segments=len(sequences))
 
     def _adopt_requeue(self, name: str, cursor: Cursor | None) -> None:
         requeue = Requeue(self._directory, name, cursor.position if cursor is not None else 0)
@@ -338,6 +345,7 @@ class Gatherer:
             self._log.error(
                 "spool_records_missing", stream=stream.name, segment=stream.sequence, bytes=moved.skipped_bytes
             )
+        self._tell_missing(stream.name, moved.missing)
         for sequence in moved.unreadable:
             self._log.error("spool_segment_damaged", file=segment_name(stream.name, sequence))
         if stream.skipped_records:

@@ -82,13 +82,15 @@ class Cut:
 class Moved:
     """What leaving a segment came to: segments to remove once this is stored, and what was cut or skipped.
 
-    `unreadable` are later segments that were passed over because their header is damaged.
+    `unreadable` are later segments that were passed over because their header is damaged; `missing` such that are not
+    there.
     """
 
     done_with: list[int]
     cut: Cut | None = None
     skipped_bytes: int = 0
     unreadable: list[int] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -212,7 +214,8 @@ class Stream:
                 unreadable = [number for number in later if number < sequence]
                 if self.phase is Phase.ABANDONED:
                     self.transition(Phase.READING)
-                return Moved([left] if left else [], cut, skipped, unreadable)
+                missing = [number for number in range(left + 1, sequence) if number not in later] if left else []
+                return Moved([left] if left else [], cut, skipped, unreadable, missing)
         return None
 
     def end(self) -> Moved:

@@ -291,6 +291,8 @@ def test_a_missing_segment_a_damaged_header_garbage_and_a_foreign_file_cost_no_o
         daemon.wait_rows(15)
         assert [line["file"] for line in events(daemon, "spool_foreign_file")] == ["notes.txt"]
         assert [line["file"] for line in events(daemon, "spool_segment_damaged")] == [segment_name(damaged, 2)]
+        (missing,) = events(daemon, "spool_segments_missing")
+        assert (missing["stream"], missing["first"], missing["segments"]) == (gap, 2, 1)
         (cut,) = events(daemon, "spool_tail_cut")
         assert (cut["level"], cut["stream"], cut["bytes"]) == ("error", garbage, 5000)
         document = json.loads(spool(daemon, "--json"))
