@@ -3,9 +3,11 @@ exactly the rights that it is given."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shlex
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pymysql
 import pytest
 
 from proxyd.store.apply import ddl
+from proxyd.store.sink import make_store
 from tests.daemon.harness import (
     CHAT,
     DONE,
@@ -102,17 +105,14 @@ def sink(server: MariaDb) -> str:
 def test_the_daemon_lives_on_these_rights(
     prepared: MariaDb, tmp_path: Path, upstream: Callable[[Script], Upstream]
 ) -> None:
-    prepared.query(ROW, 42, 1, ago(40 * 86400), "acme", 0, database="proxyd")
     up = upstream(lambda wire: wire.stream(chat_chunk("Hi"), FINISH, USAGE, DONE))
-    telemetry = f'sink = "{sink(prepared)}"\nretention = "30d"\n'
-    with node(tmp_path, up, telemetry=telemetry, quota='tokens = 1000000\nrefresh = "1s"') as daemon:
+    with node(tmp_path, up, telemetry=f'sink = "{sink(prepared)}"', quota='tokens = 1000000\nrefresh = "1s"') as daemon:
         for _ in range(3):
             assert ask(daemon, "/v1/chat/completions", CHAT).status == 200
 
         def users() -> list[Any]:
             return prepared.query("SELECT user_id, status FROM sys_ai_transactions ORDER BY user_id", database="proxyd")
 
-        # Three rows were added, and retention deleted the old one.
         wait_for(lambda: users() == [(7, "completed")] * 3, 60)
         assert len(prepared.query("SELECT * FROM sys_ai_spool_offsets", database="proxyd")) > 0
         daemon.close_clients()
@@ -121,6 +121,21 @@ def test_the_daemon_lives_on_these_rights(
     assert "denied" not in log
     assert "store_failed" not in log
     assert prepared.query("SELECT * FROM sys_ai_spool_open", database="proxyd") == []
+
+
+def test_retention_lives_on_these_rights(prepared: MariaDb) -> None:
+    """The daemon's own comes a minute after its start."""
+    prepared.query(ROW, 42, 1, ago(40 * 86400), "acme", 0, database="proxyd")
+
+    async def delete() -> int:
+        store = make_store(sink(prepared), "row", node="0123456789abcdef")
+        await store.open()
+        try:
+            return await store.delete_older(time.time(), 10)
+        finally:
+            await store.close()
+
+    assert asyncio.run(delete()) == 1
 
 
 def test_the_rights_are_no_more(prepared: MariaDb) -> None:
