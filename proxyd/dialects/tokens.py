@@ -49,12 +49,13 @@ _WHOLE_ESCAPES = re.compile(rb"[^\\]*+(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^\\]*+)*+")
 class Encoding:
     """A vocabulary in a file, loaded when it is first needed. For one thread, but for the loading."""
 
-    __slots__ = ("_has_begun", "_path", "_sha256", "_trouble", "_vocabulary")
+    __slots__ = ("_has_begun", "_path", "_sha256", "_trouble", "_vocabulary", "is_loading")
 
     def __init__(self, path: Path, sha256: str) -> None:
         self._path = path
         self._sha256 = sha256
         self._has_begun = False
+        self.is_loading = False
         self._trouble = ""
         self._vocabulary: Vocabulary | None = None
 
@@ -66,10 +67,11 @@ class Encoding:
         """Has the vocabulary loaded in a thread, the first time."""
         if self._has_begun:
             return
-        self._has_begun = True
+        self._has_begun = self.is_loading = True
         try:
             threading.Thread(target=self.load, name="vocabulary", daemon=True).start()
         except RuntimeError as error:
+            self.is_loading = False
             self._trouble = f"no thread to load it in: {error}"
 
     def load(self) -> None:
@@ -85,6 +87,8 @@ class Encoding:
             self._trouble = f"{self._path}: {error.strerror}"
         except (ValueError, MemoryError) as error:
             self._trouble = str(error) or "not enough memory"
+        finally:
+            self.is_loading = False
 
     def take_trouble(self) -> str:
         """Why tokens are counted as quarters of bytes; "" when they are not, and from the second time on."""

@@ -9,10 +9,12 @@ body, `total_timeout` over all.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from proxyd._frame import BODY_CLOSE, Unframer
 from proxyd.dialects.ask import Outgoing
+from proxyd.dialects.tokens import O200K
 from proxyd.errors import UpstreamError, UpstreamErrorKind
 from proxyd.relay.answer import Answer
 from proxyd.relay.tap import MAX_BODY_BYTES
@@ -20,11 +22,14 @@ from proxyd.relay.upstream_head import query_without_credentials, request_head
 from proxyd.upstream.connection import Connection
 from proxyd.wire.head import HeadError, Headers, find_head_end, parse_response_head
 
-__all__ = ["Patience", "collect_body", "read_head", "send_request"]
+__all__ = ["Patience", "collect_body", "read_head", "send_request", "vocabulary_ready"]
 
 # Providers send 1 to 2 KB of head. Half would refuse Azure's with long policies; twice lets a broken one eat memory.
 MAX_ANSWER_HEAD_BYTES = 64 * 1024
 READ_BYTES = 16 * 1024
+# Loading takes 20 ms of a processor. Half: on a busy machine the first answers that break off are booked by their
+# bytes; twice: a first answer waits for what it may not need.
+LOAD_WAIT_S = 0.1
 
 
 class Patience:
@@ -55,6 +60,14 @@ class Patience:
         """One thing that must be over `timeout_s` from now, however it goes on; late is IDLE_TIMEOUT."""
         until = self._monotonic() + timeout_s
         return Patience(self._monotonic, until, self._name, UpstreamErrorKind.IDLE_TIMEOUT)
+
+
+async def vocabulary_ready(monotonic: Callable[[], float]) -> None:
+    """Holds a worker's first answers until tokens can be counted, for LOAD_WAIT_S at most: the loading began with the
+    first request, an upstream rarely answers sooner, and an answer that breaks off at once has its count."""
+    until = monotonic() + LOAD_WAIT_S
+    while O200K.is_loading and monotonic() < until:  # noqa: ASYNC110 - the thread that loads knows no loop
+        await asyncio.sleep(0.002)
 
 
 async def send_request(

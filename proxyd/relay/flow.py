@@ -33,7 +33,7 @@ from proxyd.front.wheel import Wheel
 from proxyd.ids import new_epoch
 from proxyd.log import Log
 from proxyd.relay.answer import Answer, Way, cause_of, decide_way, fails_over, refusal_of
-from proxyd.relay.attempt import Patience, collect_body, read_head, send_request
+from proxyd.relay.attempt import Patience, collect_body, read_head, send_request, vocabulary_ready
 from proxyd.relay.deadlines import Limits
 from proxyd.relay.delivery import Asker, begin_stream, reply_whole
 from proxyd.relay.exchange import Stream
@@ -300,6 +300,7 @@ class Call:
         outgoing, connection, origin = self._outgoing, self._connection, self._origin
         assert outgoing is not None
         assert origin is not None
+        await vocabulary_ready(self._services.monotonic)
         transaction = self.transaction
         observer = make_observer(
             self._ask, origin.dialect, outgoing, request_id=transaction.request_id, epoch=new_epoch()
