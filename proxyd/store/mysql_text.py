@@ -3,7 +3,7 @@
 Owns: the statements' shape. Must not know: connections; `quote` is the connection's own escaping.
 Invariants: a statement is split only where it would be longer than `max_bytes`; a row that has no SQL text (a number
 that is none, a lone surrogate) is the row's fault and named, never an exception; every byte string is a hex literal.
-Cost: about 6 us a row.
+Cost: 1.7 us a row, of 2.4 for all of a commit of 1,000.
 """
 
 from __future__ import annotations

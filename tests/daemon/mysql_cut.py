@@ -8,6 +8,7 @@ sequence number, payload; a client's payload begins with its command, 3 for a qu
         proxy.cut_before_commit()    # the next COMMIT never reaches the server
         proxy.strand_at_commit()     # the next COMMIT is held back, the client is cut off, and the server goes on
                                      # believing in the connection until `release()`, which sends COMMIT after all
+        proxy.at_commit(server.freeze)  # called with the next COMMIT in hand, which then goes on
         proxy.cut_at_random(0.01)    # each packet of either side: cut before, within or after it
         proxy.cut_all()              # now
 """
@@ -18,6 +19,7 @@ import contextlib
 import random
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any
 
 _QUERY = 3
@@ -33,7 +35,8 @@ class CutProxy:
         self._lock = threading.Lock()
         self._pairs: set[_Pair] = set()
         self._stranded: list[tuple[_Pair, bytes]] = []
-        self._after = self._before = self._strand = 0
+        self._after = self._before = self._strand = self._acts = 0
+        self._act: Callable[[], object] = bool
         self._probability = 0.0
         self._random = random.Random(0)
         self._is_open = True
@@ -55,6 +58,9 @@ class CutProxy:
     def strand_at_commit(self, times: int = 1) -> None:
         self._strand = times
 
+    def at_commit(self, act: Callable[[], object], times: int = 1) -> None:
+        self._act, self._acts = act, times
+
     def cut_at_random(self, probability: float, seed: int = 0) -> None:
         """0.0 ends it."""
         self._random = random.Random(seed)
@@ -72,6 +78,9 @@ class CutProxy:
             with contextlib.suppress(OSError):
                 pair.server.sendall(packet)
                 pair.server.shutdown(socket.SHUT_WR)
+            pair.is_stranded = False  # whoever reads from the server closes at its end
+            if pair.has_server_ended:
+                pair.close()
 
     def cut_all(self) -> None:
         for pair in list(self._pairs):
@@ -125,6 +134,8 @@ class CutProxy:
                 client.close()
                 continue
             server.settimeout(None)
+            for sock in (client, server):  # each packet goes on by itself, and waits for no acknowledgement
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             pair = _Pair(client, server)
             self.connections += 1
             with self._lock:
@@ -136,6 +147,7 @@ class CutProxy:
         with contextlib.suppress(OSError):
             while direction(pair):
                 pass
+        pair.has_server_ended |= direction == self._from_server
         if not pair.is_stranded:
             with self._lock:
                 self._pairs.discard(pair)
@@ -157,6 +169,8 @@ class CutProxy:
             self._stranded.append((pair, packet))
             _end(pair.client)
             return False
+        if is_commit and self._take("_acts"):
+            self._act()
         pair.is_committing = is_commit
         if self._is_unlucky(pair, packet, pair.server):
             return False
@@ -184,11 +198,11 @@ class CutProxy:
 class _Pair:
     """A client and the server's side of it."""
 
-    __slots__ = ("client", "is_committing", "is_stranded", "server")
+    __slots__ = ("client", "has_server_ended", "is_committing", "is_stranded", "server")
 
     def __init__(self, client: socket.socket, server: socket.socket) -> None:
         self.client, self.server = client, server
-        self.is_committing = self.is_stranded = False
+        self.is_committing = self.is_stranded = self.has_server_ended = False
 
     def close(self) -> None:
         _end(self.client)
