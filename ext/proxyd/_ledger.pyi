@@ -70,6 +70,10 @@ class Table:
     def measure(slots: int, users: int, tenants: int, permits: int) -> int:
         """Bytes of a table."""
     @property
+    def max_users(self) -> int: ...
+    @property
+    def max_tenants(self) -> int: ...
+    @property
     def users(self) -> int:
         """Rows that are taken: one a user, and at most one a worker that lost a race or died in one."""
     @property

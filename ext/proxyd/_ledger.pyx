@@ -96,7 +96,8 @@ cdef class Table(Cells):
     cdef uint64_t *user_rows
     cdef uint64_t *tenant_rows
     cdef bint is_shared
-    cdef Py_ssize_t slots, max_users, max_tenants, permits, index_words, probes, user_words, tenant_words
+    cdef readonly Py_ssize_t max_users, max_tenants
+    cdef Py_ssize_t slots, permits, index_words, probes, user_words, tenant_words
 
     def __cinit__(self, object buffer, Py_ssize_t slots, Py_ssize_t users, Py_ssize_t tenants, Py_ssize_t permits,
                   bint is_shared=True):

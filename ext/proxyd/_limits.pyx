@@ -91,15 +91,14 @@ cdef class Window:
     cdef int64_t _open(self, int64_t now, uint64_t *word) noexcept nogil:
         """The tick that takes additions at `now` or later, and its word: open, or of an older lap."""
         cdef int64_t tick
-        cdef uint64_t found, age
+        cdef uint64_t found
         cdef bint is_own
         while True:
             tick = signed_word(self.newest)
             found = px_word_load(self.ring + (tick & 255))
             is_own = _is_of(found, tick)
-            age = ((found >> 40) - _lap(tick)) & _LAPS
-            if not is_own and age < _LAPS >> 1:
-                continue  # a newer lap: we slept for a minute between the two loads, and `newest` has grown
+            if not is_own and signed_word(self.newest) != tick:
+                continue  # we slept between the two loads, for a minute it may be: this could be a newer lap's word
             if not (is_own and found & _CLOSED):
                 if now <= tick:
                     word[0] = found
