@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import pytest
 
+from proxyd.store.queries import USER_TOTALS, WINDOW_SUM
 from tests.daemon.harness import ROOT, config_text, model_text, upstream_text
 from tests.daemon.mariadb import PASSWORD, USER, Database, program
 
@@ -123,6 +124,15 @@ def test_usage_of_a_user_a_tenant_a_model_and_since_a_time(mariadb: Database, tm
     assert told("--user", "999") == (0, 0)
     by_tenant = json.loads(operator.types("usage", "--model", "m", "--json")[0])["by_tenant"]
     assert {name: part["transactions"] for name, part in by_tenant.items()} == {"acme": 2, "ACME": 1}
+
+
+def test_a_users_totals_read_the_index_alone(mariadb: Database, tmp_path: Path) -> None:
+    Operator(tmp_path, mariadb.url()).types("schema", "--apply")
+    insert(mariadb, [(user, 1, 60, "acme", 0) for user in (1, 2, 3, 42)])
+    for sql in (WINDOW_SUM, USER_TOTALS):
+        (plan,) = mariadb.query(f"EXPLAIN {sql.replace('?', '%s')}", 42, ago(86400))
+        assert plan[5] == "idx_sys_ai_user_window", plan
+        assert "Using index" in plan[9].split("; "), plan
 
 
 def test_over_the_socket_without_a_user_it_is_the_system_s_own(mariadb: Database, tmp_path: Path) -> None:
