@@ -40,7 +40,6 @@ _WINDOWS = 4
 _WINDOW_BYTES = SAMPLE_BYTES // _WINDOWS
 # No API has 50 members; half of this would still do, a multiple lets one body hold the loop for tens of milliseconds.
 _MOST_MEMBERS = 1000
-_SMALL_BYTES = 64 * 1024
 # Longer than any name we read with all its letters escaped.
 _LONGEST_KEY = 128
 # orjson needs up to 60 ns for a unit of structure, and 20 to 60 bytes: 50 ms and 50 MB at most. A history of 2,000
@@ -215,12 +214,6 @@ def key_name(raw: bytes) -> str:
 
 def _refuse_duplicates(route: Route, body: bytes) -> None:
     read = _READ[route]
-    # a quoted name can only stand as a whole token (inside a string its quotes are escaped): where none stands twice
-    # and nothing is escaped, no name can be given twice, and the common request is done here; of a large body one walk
-    # is cheaper than a search for each name
-    is_plain = len(body) <= _SMALL_BYTES and b"\\u" not in body
-    if is_plain and all(body.count(b'"%b"' % name.encode()) <= 1 for name in read):
-        return
     seen: set[str] = set()
     for key_start, key_end, _, _ in top_members(body):
         name = key_name(body[key_start:key_end])
