@@ -5,6 +5,7 @@ Owns: no limit and no assertion about one. Must not know how proxyd counts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -20,9 +21,11 @@ SPENT = 16  # what USAGE says
 
 
 class House:
-    """An upstream's script: a stream that begins at once and ends when `open` is set. Counts who is in it."""
+    """An upstream's script: a stream that begins at once and ends when `open` is set; it says something each `every`
+    seconds until then. Counts who is in it."""
 
-    def __init__(self, *, is_open: bool = False) -> None:
+    def __init__(self, *, is_open: bool = False, every: float = 60.0) -> None:
+        self._every = every
         self.open = threading.Event()
         if is_open:
             self.open.set()
@@ -38,7 +41,9 @@ class House:
         try:
             wire.head(transfer_encoding="chunked")
             wire.chunk(chat_chunk("hello"))
-            self.open.wait(60)
+            until = time.monotonic() + 60
+            while not self.open.wait(self._every) and time.monotonic() < until:
+                wire.chunk(chat_chunk("."))
             for piece in (FINISH, USAGE, DONE):
                 wire.chunk(piece)
             # Before the last byte: the proxy may send the next request as soon as it has that.
@@ -90,7 +95,8 @@ def finish(sock: socket.socket, sent_at: float = 0.0) -> Answer:
     answer.retry_after = None if retry_after is None else int(retry_after)
     answer.should_retry = reply.header("x-should-retry")
     if reply.status >= 400:
-        answer.code = json.loads(body)["error"]["code"]
+        with contextlib.suppress(ValueError):  # cut off
+            answer.code = json.loads(body)["error"].get("code", "")
     return answer
 
 

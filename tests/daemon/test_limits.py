@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from tests.daemon import limit_ends
 from tests.daemon.harness import CHAT, Script, Upstream, node, wait_for
 from tests.daemon.limit_stage import (
     SPENT,
@@ -222,3 +223,9 @@ def test_workers_killed_within_200_streams_leave_every_place_free(tmp_path: Path
             wait_until_nothing_is_held(daemon, 30)
             house.open.set()  # only now: what was cut has no worker that could have ended it
         assert daemon.log().count('"permits_freed"') >= 8
+
+
+def test_a_thousand_requests_that_end_in_every_way_and_killed_workers_leave_nothing_held(tmp_path: Path) -> None:
+    told = limit_ends.run(tmp_path, 1000, kills=5, seed=int(time.time()))
+    assert told[200] > 0
+    assert sum(told.values()) == 1000
