@@ -1,0 +1,313 @@
+"""The ledger between real processes: at most the limit, one row a user, and nothing left behind by who was killed.
+
+Nothing here asserts on time. Where the clock matters it is read before and after a call, and what cannot be told for
+certain is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import mmap
+import os
+import pickle
+import random
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from proxyd._shm import Words
+from proxyd.shm.ledger import Ledger, SlotLedger
+
+SLOTS = 8
+GO, INSIDE, WRONG = range(3)  # words that the test's processes share
+PATIENCE_S = 120.0
+
+
+@contextlib.contextmanager
+def shared() -> Iterator[Words]:
+    yield Words(mmap.mmap(-1, 4096), 0, 512)
+
+
+class Process:
+    """A fork that runs `work` and sends back what it returns."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._end, end = os.pipe()
+        self.pid = os.fork()
+        if self.pid:
+            os.close(end)
+            return
+        try:
+            os.close(self._end)
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            with os.fdopen(end, "wb") as file:
+                file.write(pickle.dumps(work()))
+        finally:
+            os._exit(0)
+
+    def result(self) -> Any:
+        data = b""
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            if not select.select([self._end], [], [], max(0.0, until - time.monotonic()))[0]:
+                self.kill()
+                raise AssertionError("a process of the test does not end")
+            part = os.read(self._end, 1 << 20)
+            if not part:
+                break
+            data += part
+        self._close()
+        assert data, "a process of the test failed"
+        return pickle.loads(data)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        self._close()
+
+    def _close(self) -> None:
+        os.close(self._end)
+        os.waitpid(self.pid, 0)
+
+
+def all_at_once(work: Callable[[int], Any]) -> list[Any]:
+    """work(slot) of eight slots, each in a process of its own; they begin when all are there."""
+    with shared() as words:
+
+        def run(slot: int) -> Any:
+            words.add(GO, 1)
+            until = time.monotonic() + PATIENCE_S
+            while words.load(GO) < SLOTS and time.monotonic() < until:
+                os.sched_yield()
+            return work(slot)
+
+        processes = [Process(functools.partial(run, slot)) for slot in range(SLOTS)]
+        return [process.result() for process in processes]
+
+
+# --- permits ---------------------------------------------------------------------------------------------------------
+
+
+def hammer(ledger: Ledger, slot: int, limit: int, rounds: int, words: Words) -> tuple[int, int]:
+    """(taken, refused). Says in `words` when more than the limit hold one."""
+    tenant = ledger.at(slot, 1).tenant("t")
+    taken = refused = 0
+    for turn in range(rounds):
+        permit = tenant.acquire(limit, 1)
+        if permit < 0:
+            refused += 1
+            continue
+        taken += 1
+        if words.add(INSIDE, 1) > limit:
+            words.add(WRONG, 1)
+        if turn % 16 == 0:
+            os.sched_yield()
+        words.sub(INSIDE, 1)
+        tenant.release(permit)
+    return taken, refused
+
+
+@pytest.mark.parametrize("limit", [1, 3, 7])
+def test_eight_processes_never_hold_more_than_the_limit_and_all_comes_back(limit: int) -> None:
+    ledger = Ledger.create(SLOTS)
+    with shared() as words:
+        counts = all_at_once(lambda slot: hammer(ledger, slot, limit, 20_000, words))
+        assert words.load(WRONG) == 0
+        assert words.load(INSIDE) == 0
+    assert sum(taken for taken, _ in counts) > 1_000
+    assert sum(refused for _, refused in counts) > 0
+    assert ledger.totals().permits == 0
+    mine = ledger.at(0, 2).tenant("t")
+    assert [mine.acquire(limit, 1) for _ in range(limit + 1)] == [*range(limit), -1]
+
+
+def test_none_is_refused_while_fewer_than_the_limit_hold_one() -> None:
+    """Each process holds one at most, so eight are always enough for eight, however they change hands meanwhile."""
+    ledger = Ledger.create(SLOTS)
+    with shared() as words:
+        assert all_at_once(lambda slot: hammer(ledger, slot, 8, 40_000, words)) == [(40_000, 0)] * 8
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+SPEED = 20  # the test's minute lasts three seconds, a tick 12.5 ms: four hundred edges to race at
+SPAN_NS = 5_000_000_000
+
+
+def fast_ms() -> int:
+    return time.monotonic_ns() * SPEED // 1_000_000
+
+
+def fill(ledger: Ledger, slot: int, limit: int, until_ns: int) -> list[tuple[int, int]]:
+    """(clock, n) of what was let in, but of calls that took so long that they may have been too late for the ring."""
+    window = ledger.at(slot, 1).tenant("t").tokens
+    chance = random.Random(slot)
+    made = []
+    while time.monotonic_ns() < until_ns:
+        n = chance.randint(1, 5)
+        now = fast_ms()
+        if window.try_add(n, limit, now) and fast_ms() - now < 3_500:
+            made.append((now, n))
+    return made
+
+
+def test_sixty_seconds_of_eight_processes_never_sum_above_the_limit() -> None:
+    limit = 20_000
+    ledger = Ledger.create(SLOTS)
+    until = time.monotonic_ns() + SPAN_NS
+    made = sorted(itertools.chain.from_iterable(all_at_once(lambda slot: fill(ledger, slot, limit, until))))
+    total = first = worst = 0
+    for now, n in made:
+        total += n
+        while made[first][0] <= now - 60_000:
+            total -= made[first][1]
+            first += 1
+        worst = max(worst, total)
+    assert worst <= limit
+    assert worst > limit * 0.9
+    assert made[-1][0] - made[0][0] > 60_000  # else nothing was ever let in anew
+
+
+def test_additions_and_what_is_given_back_by_eight_processes_leave_nothing() -> None:
+    """Each at its own pace through ten ticks, so that they are never further apart than the ring allows."""
+    ledger = Ledger.create(SLOTS)
+    now = fast_ms()
+
+    def work(slot: int) -> int:
+        window = ledger.at(slot, 1).tenant("t").tokens
+        for turn in range(20_000):
+            window.add(3, now + turn // 8)
+            window.add(-3, now + turn // 8)
+        return slot
+
+    all_at_once(work)
+    assert ledger.at(0, 2).tenant("t").tokens.total(now + 5_000) == 0
+
+
+# --- users -----------------------------------------------------------------------------------------------------------
+
+
+def test_users_that_eight_processes_create_at_once_have_one_row_each() -> None:
+    users = [n * 2**40 + n for n in range(3_000)]
+    ledger = Ledger.create(SLOTS, users=4_096)
+
+    def work(slot: int) -> dict[int, int]:
+        hand = ledger.at(slot, 1)
+        mine = users[:]
+        random.Random(slot // 4).shuffle(mine)  # four and four go the same way, and meet at every user
+        rows = {}
+        for user in mine:
+            account = hand.account(user)
+            account.add(settled=slot + 1)
+            rows[user] = account.row
+        return rows
+
+    found = all_at_once(work)
+    assert all(rows == found[0] for rows in found)
+    assert len(set(found[0].values())) == len(users)
+    assert len(users) <= ledger.totals().users <= len(users) + 8
+    for user in users:
+        account = ledger.find(user)
+        assert account is not None
+        assert account.settled == sum(range(1, 9))
+
+
+def test_tenants_that_eight_processes_create_at_once_have_one_row_each() -> None:
+    names = [f"t{n}" for n in range(60)]
+    ledger = Ledger.create(SLOTS, tenants=64)
+
+    def work(slot: int) -> list[int]:
+        hand = ledger.at(slot, 1)
+        return [hand.tenant(name).row for name in names]
+
+    found = all_at_once(work)
+    assert found == [found[0]] * 8
+    assert len(set(found[0])) == len(names) == ledger.totals().tenants
+
+
+# --- kill -9 ---------------------------------------------------------------------------------------------------------
+
+KILLS = 200
+WORKERS = 4
+LIMIT = 10
+CROWD = 50
+
+
+def serve(hand: SlotLedger, seed: int) -> None:
+    """A worker's life as far as the ledger sees it, until it is killed."""
+    chance = random.Random(seed)
+    while True:
+        now = time.monotonic_ns() // 1_000_000
+        account = hand.account(chance.randrange(CROWD) * 977)
+        tenant = hand.tenant(f"t{chance.randrange(3)}")
+        permit = tenant.acquire(LIMIT, now // 1000)
+        if permit < 0:
+            continue
+        tenant.requests.try_add(1, 10**9, now)
+        tenant.tokens.try_add(30, 10**9, now)
+        account.add(held=30)
+        for _ in range(3):
+            account.add(running=10)
+        tenant.tokens.add(-7, now)
+        tenant.release(permit)
+        account.add(held=-30, running=-30, settled=23)
+
+
+def test_whoever_is_killed_leaves_nothing_held_nothing_running_and_no_permit() -> None:
+    ledger = Ledger.create(WORKERS)
+    chance = random.Random(3)
+    epoch = 0
+    workers: dict[int, Process] = {}
+    settled = 0
+    try:
+        for kill in range(KILLS):
+            for slot in range(WORKERS):
+                if slot not in workers:
+                    epoch += 1
+                    workers[slot] = Process(lambda slot=slot, epoch=epoch: serve(ledger.at(slot, epoch), epoch))
+            time.sleep(chance.random() * 0.01)  # so that it dies anywhere
+            victims = list(workers) if kill % 10 == 9 else [chance.choice(list(workers))]
+            for slot in victims:
+                workers.pop(slot).kill()
+                ledger.reclaim(slot)
+            totals = ledger.totals()
+            if not workers:
+                assert totals[2:] == (0, 0, 0, 0), kill
+            now = sum(account.settled for account in map(ledger.find, range(0, CROWD * 977, 977)) if account)
+            assert now >= settled
+            settled = now
+    finally:
+        for process in workers.values():
+            process.kill()
+    for slot in workers:
+        ledger.reclaim(slot)
+    totals = ledger.totals()
+    assert totals[1:] == (3, 0, 0, 0, 0)
+    assert CROWD <= totals.users <= CROWD + KILLS
+    assert settled > 0
+    hand = ledger.at(0, epoch + 1)
+    later = time.monotonic_ns() // 1_000_000 + 60_250
+    for name in ("t0", "t1", "t2"):
+        assert [hand.tenant(name).acquire(LIMIT, 1) for _ in range(LIMIT + 1)] == [*range(LIMIT), -1]
+        assert hand.tenant(name).tokens.try_add(5, 5, later)  # whatever tick they died in, the window goes on
+        assert not hand.tenant(name).tokens.try_add(1, 5, later)
+
+
+def test_a_successor_s_permits_survive_the_reclaim_of_another_slot() -> None:
+    ledger = Ledger.create(2)
+    with shared() as words:
+
+        def work() -> int:
+            return ledger.at(1, 2).tenant("t").acquire(3, 1) + 0 * words.load(GO)
+
+        assert Process(work).result() == 0
+    assert ledger.reclaim(0) == 0
+    assert ledger.totals().permits == 1
+    assert ledger.reclaim(1) == 1
+    assert ledger.totals().permits == 0
