@@ -1,8 +1,9 @@
 """A node under load whose processes are killed at random instants, and the bill afterwards.
 
-Owns: the load (short streams with known counts), the killer, the comparison of what the client and the upstream saw
-with the rows. `python -m tests.daemon.kill_rounds --rounds N [--seed S]` runs it for as long as one likes; the suite
-runs a dozen rounds.
+Owns: the load (short streams with known counts), the killer of the node's processes, the comparison of what the client
+and the upstream saw with the rows. What is done to the database is kill_database.py's.
+`python -m tests.daemon.kill_rounds --rounds N [--seed S] [--store mariadb]` runs it for as long as one likes; the suite
+runs a dozen rounds with SQLite and two dozen with MariaDB.
 
     clients --request id, known counts--> node (3 workers) --same id--> upstream
        | finished / cut                      ^ kill -9              | seen
@@ -25,8 +26,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.daemon.harness import DONE, FINISH, Daemon, Reply, Upstream, Wire, chat_chunk, node, request_bytes, wait_for
+from tests.daemon.kill_database import Store, open_store
 
 CLIENTS = 6
 # What a client may see when the process that served it, or the whole node, was killed.
@@ -222,9 +225,14 @@ def fallen(before: dict[tuple[str, str], float], after: dict[tuple[str, str], fl
     return [f"{key}: {value} -> {after.get(key)}" for key, value in before.items() if after.get(key, -1) < value]
 
 
-def plan(rounds: int, rng: random.Random) -> list[str]:
-    """Of each dozen rounds seven kill a worker, two telemetry, one both and two the master."""
-    dozen = ["worker"] * 7 + ["telemetry"] * 2 + ["both"] + ["master"] * 2
+# A strike at two places: the master dies while the database is away, telemetry while it is frozen.
+DOUBLE = {"master_without_db": ("kill_db", "master"), "telemetry_without_db": ("freeze_db", "telemetry")}
+
+
+def plan(rounds: int, rng: random.Random, store: tuple[str, ...] = ()) -> list[str]:
+    """Of each dozen rounds seven kill a worker, two telemetry, one both and two the master; and a database is struck in
+    each of its ways."""
+    dozen = ["worker"] * 7 + ["telemetry"] * 2 + ["both"] + ["master"] * 2 + [*store, *(DOUBLE if store else ())]
     strikes: list[str] = []
     while len(strikes) < rounds:
         rng.shuffle(dozen)
@@ -232,21 +240,41 @@ def plan(rounds: int, rng: random.Random) -> list[str]:
     return strikes[:rounds]
 
 
-def run(folder: Path, rounds: int, seed: int, say: bool = False) -> Counter[str]:
+def strike(what: str, killer: Killer, store: Store) -> None:
+    """One round's blow, wherever it goes. Of two the first lasts until the second is done."""
+    if what in DOUBLE:
+        first, second = DOUBLE[what]
+        blow = threading.Thread(target=store.strike, args=(first,))
+        blow.start()
+        killer.strike(second)
+        blow.join()
+    elif what in store.strikes:
+        store.strike(what)
+    else:
+        killer.strike(what)
+
+
+def run(folder: Path, rounds: int, seed: int, say: bool = False, kind: str = "sqlite") -> Counter[str]:
     """The whole trial; raises AssertionError with every broken promise. Returns what was counted."""
     rng = random.Random(seed)
+    with open_store(kind, rng) as store:
+        return _run(folder, rounds, seed, rng, store, say)
+
+
+def _run(folder: Path, rounds: int, seed: int, rng: random.Random, store: Store, say: bool) -> Counter[str]:
     upstream = Upstream(short_stream)
     problems: list[str] = []
     try:
-        with node(folder, upstream, server="workers = 3") as daemon:
+        with node(folder, upstream, server="workers = 3", **store.telemetry()) as daemon:
+            store.prepare(daemon.config)
             killer = Killer(daemon, rng)
             load = Load(daemon)
             try:
                 wait_for(lambda: load.done > 20, 20)
-                for number, what in enumerate(plan(rounds, rng)):
-                    before = {} if what == "master" else counters(daemon)
+                for number, what in enumerate(plan(rounds, rng, store.strikes)):
+                    before = {} if what.startswith("master") else counters(daemon)
                     done = load.done
-                    killer.strike(what)
+                    strike(what, killer, store)
                     wait_for(lambda: load.done >= done + 30, 40)  # noqa: B023  the node serves on
                     killer.note()
                     if before:
@@ -256,16 +284,18 @@ def run(folder: Path, rounds: int, seed: int, say: bool = False) -> Counter[str]
                         print(f"round {number + 1}: {what}, {load.done} finished", flush=True)
             finally:
                 ledger = load.stop()
+            store.heal()
             killer.wait_gone()
             wait_for(lambda: daemon.metric("proxyd_streams_active") == 0, 20)
             wait_for(lambda: daemon.metric("proxyd_upstream_connections", state="busy") == 0, 20)
             reached = {int(seen.json["messages"][0]["content"]) for seen in list(upstream.requests)}
-            wait_for(lambda: len(daemon.rows()) >= len(reached | ledger.finished), 30)
+            wait_for(lambda: len(store.rows(daemon)) >= len(reached | ledger.finished), 60)
             assert daemon.stop() == 0
-        problems += compare(daemon, ledger, reached)
+        found = store.rows(daemon)
+        problems += compare(found, ledger, reached)
     finally:
         upstream.close()
-    statuses = Counter(row["status"] for row in daemon.rows())
+    statuses = Counter(row["status"] for row in found)
     assert not problems, f"seed {seed}: {len(problems)} broken promises\n" + "\n".join(problems[:20])
     return Counter(
         finished=len(ledger.finished),
@@ -277,12 +307,12 @@ def run(folder: Path, rounds: int, seed: int, say: bool = False) -> Counter[str]
     )
 
 
-def compare(daemon: Daemon, ledger: Ledger, reached: set[int]) -> list[str]:
+def compare(found: list[dict[str, Any]], ledger: Ledger, reached: set[int]) -> list[str]:
     """Every broken promise in words. A stream that the client saw end is completed, with the provider's counts, whoever
     died in the turn that would have written its row; a cut one may be either."""
     problems = list(ledger.faults)
-    rows: dict[int, dict] = {}
-    for row in daemon.rows():
+    rows: dict[int, dict[str, Any]] = {}
+    for row in found:
         number = int(row["request_id"].removeprefix("k-"))
         if number in rows:
             problems.append(f"{number}: a second row: {row}, first {rows[number]}")
@@ -308,10 +338,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 30))
+    parser.add_argument("--store", choices=["sqlite", "mariadb"], default="sqlite")
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="proxyd-kill-") as folder:
-        for key, value in sorted(run(Path(folder), args.rounds, args.seed, say=True).items()):
+        for key, value in sorted(run(Path(folder), args.rounds, args.seed, True, args.store).items()):
             print(f"{key:>20} {value}")
     return 0
 
