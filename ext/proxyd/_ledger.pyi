@@ -58,6 +58,9 @@ class Account:
     def set_token(self, iat: int, base: int, at_ms: int) -> None: ...
 
     # anybody
+    def first_seen(self, iat: int) -> int | None:
+        """What was settled when the first of all workers called this for `iat`, for as long as that is the newest
+        token that was asked for; None for an older one. Less than 2^32 tokens ago."""
     @property
     def average_completion(self) -> int | None: ...
     def learn_completion(self, tokens: int) -> None: ...

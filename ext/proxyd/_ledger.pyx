@@ -19,6 +19,7 @@ order of their stores are to be read in one place.
 | held, running, settled, settled_at | the slot's process; the master zeroes the first two once it is reaped | store |
 | stored, window_base, window_at, free_at, 4 x (iat, token_base, at) | telemetry | store |
 | average of completions | all | store: of two at once one is lost |
+| first seen: of the newest token iat and settled, 32 bits each | all | CAS |
 | a tenant's row | all | CAS |
 
 Loads acquire and stores release. Invariants: no lock, so a process may die between any two instructions and no other
@@ -56,6 +57,7 @@ cdef enum:
     COMPLETION = 5
     TOKENS = 6  # 4 entries of iat, base, at
     TOKEN_ENTRIES = 4
+    FIRST_SEEN = 18
     USER_HEAD = 24
     HELD = 0
     RUNNING = 1
@@ -435,6 +437,23 @@ cdef class Account:
         else:
             px_word_store(entry + 1, <uint64_t> base)
         px_word_store(entry + 2, <uint64_t> max(at_ms, 1))
+
+    def first_seen(self, int64_t iat):
+        """The first worker that sees a token newer than all before notes what was settled then; the others find it.
+        Repeats only because another one's note came first, each with a newer token."""
+        cdef uint64_t word, note
+        cdef int64_t settled = self._sum(SETTLED)
+        if iat <= 0 or iat >> 32:
+            return None
+        note = <uint64_t> iat << 32 | (<uint64_t> settled & 0xFFFFFFFF)
+        while True:
+            word = px_word_load(self.p + FIRST_SEEN)
+            if word >> 32 == <uint64_t> iat:
+                return settled - <int64_t> ((<uint64_t> settled - word) & 0xFFFFFFFF)
+            if word >> 32 > <uint64_t> iat:
+                return None
+            if px_word_cas(self.p + FIRST_SEEN, word, note):
+                return settled
 
     @property
     def average_completion(self):

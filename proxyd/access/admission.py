@@ -49,7 +49,7 @@ __all__ = ["Admission", "NeedsReading", "Ticket", "TicketState"]
 FIRST_COMPLETION = 256
 # What a client that finds all permits taken waits when nobody has given one back yet.
 UNKNOWN_WAIT_S = 10
-# Sessions whose first sight is remembered: while the store cannot be read only, 100 bytes each.
+# Sessions whose first sight is remembered here: a user's older ones, while the store cannot be read; 100 bytes each.
 MAX_FIRST_SEEN = 10_000
 
 
@@ -367,17 +367,21 @@ class Admission:
             if known is not None:
                 lines.append(Line(Kind.TOKEN, quota, max(0, known.base + settled), known.at_ms))
             else:
-                before = 0 if iat is None else self._before(session.user_id, iat, settled)
+                before = 0 if iat is None else self._before(account, iat, settled)
                 spent = max(0, settled - before)
                 lines.append(Line(Kind.TOKEN, quota, spent, is_readable=iat is not None))
         return lines
 
-    def _before(self, user_id: int, iat: int, settled: int) -> int:
+    def _before(self, account: Account, iat: int, settled: int) -> int:
         """What the user had spent here before this session was issued, for as long as the store has not told: all that
-        was known when this worker first saw it. Nothing, if the session is older than the ledger."""
+        was known when a worker first saw it, any worker if it is the user's newest session, else this one. Nothing, if
+        the session is older than the ledger."""
         if iat <= self._started_at:
             return 0
-        key = (user_id, iat)
+        first = account.first_seen(iat)
+        if first is not None:
+            return first
+        key = (account.user_id, iat)
         seen = self._first_seen.get(key)
         if seen is None:
             seen = self._first_seen[key] = settled
