@@ -241,6 +241,9 @@ class Gatherer:
             self._unreadable[name] = reason, now + TELL_AGAIN_S
             self._log.error("spool_unreadable", stream=name, segment=segment, reason=reason)
 
+    def _is_settled(self, origin: Cursor) -> bool:
+        return origin.stream not in self._blocked and is_past(self.streams, self._requeues, origin)
+
     def _read_requeue(self, name: str) -> bool:
         """True when a step was taken in this file of dead letters."""
         group, requeue = self.group, self._requeues[name]
@@ -248,7 +251,7 @@ class Gatherer:
         if limit <= 0:
             return False
         try:
-            rows = requeue.take(lambda origin: is_past(self.streams, self._requeues, origin), self._log, limit)
+            rows = requeue.take(self._is_settled, self._log, limit)
         except OSError as error:
             self._tell_unreadable(name, 1, str(error))
             return False

@@ -1,4 +1,4 @@
-"""Files of the spool that cannot be read: told, tried again, and in nobody's way."""
+"""Files of the spool that cannot be read or are not there: told, tried again, and in nobody's way."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import os
 
 import pytest
 
-from proxyd.store.schema import Cursor
+from proxyd.store.schema import Cursor, Row
+from proxyd.telemetry.deadletter import DeadLetter, append_dead_letters
 from proxyd.telemetry.gather import Gatherer
-from proxyd.telemetry.segment import HEADER_BYTES
+from proxyd.telemetry.requeue import new_requeue_path
+from proxyd.telemetry.segment import DEAD_LETTERS, HEADER_BYTES, segment_name
 from tests.unit.telemetry.world import World, final, intent
 
 
@@ -82,3 +84,49 @@ def test_a_stream_that_can_be_read_again_is_taken_up_by_the_same_process(
     gatherer.gather(False)
     assert [row.request_id for row in gatherer.group.batch.rows] == ["r2"]
     gatherer.close()
+
+
+def test_a_dead_letter_waits_for_its_stream_while_that_cannot_be_read(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = world.writer("os")
+    spool.final(final(1))
+    world.turn()
+    spool.close()
+    letter = DeadLetter(Row(*final(1)[1:-1]), "no", Cursor(spool.stream, 1, HEADER_BYTES + 10, False))
+    append_dead_letters(world.spool, [letter])
+    (world.spool / DEAD_LETTERS).rename(new_requeue_path(world.spool))
+    fault = Unreadable("open", spool.stream, monkeypatch)
+    world.drain(drain_s=0.2)
+    assert world.rows() == []
+    fault.is_on = False
+    world.drain()
+    assert [row[0] for row in world.rows()] == ["r1"]
+    assert world.files() == []
+
+
+def test_segments_missing_in_the_middle_are_told_and_the_others_stored(world: World) -> None:
+    spool = world.writer("os", segment_bytes=100)
+    for txn in range(1, 7):
+        spool.final(final(txn))
+        world.turn()
+    spool.close()
+    for sequence in (3, 4):
+        (world.spool / segment_name(spool.stream, sequence)).unlink()
+    world.drain()
+    assert [row[0] for row in world.rows()] == ["r1", "r2", "r5", "r6"]
+    assert world.log.named("spool_segments_missing") == [{"stream": spool.stream, "first": 3, "segments": 2}]
+
+
+def test_segments_that_are_gone_because_they_are_stored_are_not_missed(world: World) -> None:
+    spool = world.writer("os", segment_bytes=100)
+    for txn in range(1, 4):
+        spool.final(final(txn))
+        world.turn()
+    world.gather_once()
+    world.gather_once()
+    spool.final(final(4))
+    spool.close()
+    world.drain()
+    assert len(world.rows()) == 4
+    assert world.log.named("spool_segments_missing") == []

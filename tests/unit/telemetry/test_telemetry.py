@@ -121,33 +121,6 @@ def test_a_missing_spool_is_normal_and_a_missing_first_segment_is_told(world: Wo
     assert world.log.named("spool_segments_missing") == [{"stream": spool.stream, "first": 1, "segments": 1}]
 
 
-def test_segments_missing_in_the_middle_are_told_and_the_others_stored(world: World) -> None:
-    spool = world.writer("os", segment_bytes=100)
-    for txn in range(1, 7):
-        spool.final(final(txn))
-        world.turn()
-    spool.close()
-    for sequence in (3, 4):
-        (world.spool / segment_name(spool.stream, sequence)).unlink()
-    world.drain()
-    assert [row[0] for row in world.rows()] == ["r1", "r2", "r5", "r6"]
-    assert world.log.named("spool_segments_missing") == [{"stream": spool.stream, "first": 3, "segments": 2}]
-
-
-def test_segments_that_are_gone_because_they_are_stored_are_not_missed(world: World) -> None:
-    spool = world.writer("os", segment_bytes=100)
-    for txn in range(1, 4):
-        spool.final(final(txn))
-        world.turn()
-    world.gather_once()
-    world.gather_once()
-    spool.final(final(4))
-    spool.close()
-    world.drain()
-    assert len(world.rows()) == 4
-    assert world.log.named("spool_segments_missing") == []
-
-
 def test_unfinished_segments_of_a_dead_maker_are_removed(world: World) -> None:
     old = world.spool / ".new-003-00000001-0000000000000002-000001.spool"
     old.write_bytes(b"half")
