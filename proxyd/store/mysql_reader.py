@@ -63,9 +63,6 @@ def connect(address: MysqlAddress, *, read_timeout: float | None = READ_S) -> py
     except (pymysql.Error, OSError, RuntimeError) as error:
         missing = number_and_text(error)[0] == ER.BAD_DB_ERROR
         raise (StoreMissing if missing else StoreError)(explained(address, error)) from error
-    if address.ssl_ca and not connection._secure:
-        connection.close()
-        raise StoreError(f"{address}: the server offers no TLS, and ssl_ca asks for it")
     # The greeting of a server that hangs is waited for as long as a connection, not as long as an answer.
     connection._read_timeout = read_timeout
     return connection
