@@ -1,21 +1,15 @@
 """May this session do this now: the model it asks for, the tokens it has left, what its tenant may do at once and a
 minute.
 
-Owns: the order of the questions, the refusals, and the Ticket that an admitted request holds until it ends. Must not
-know: how the ledger counts across processes, who reads the store, HTTP, prompts.
+Owns: the order of the questions, the refusals, what is set aside. Must not know: how the ledger counts across
+processes, who reads the store, HTTP, prompts.
 
     admit -> model allowed for this token?            403 model_not_allowed
           -> tokens left of quota and window?         429 quota_exceeded               access/quota.py
           -> a permit of the tenant's free?           429 concurrency_limit_exceeded
           -> one more request in this minute?         429 rate_limit_exceeded
           -> its tokens, too?                         429 rate_limit_exceeded
-          -> Ticket (OPEN) --settle(tokens)--> SETTLED
-                           --refund()--------> REFUNDED      both absorb; the first call wins
-
-    a ticket holds:  held      of the user: the larger of its reservation and what it used so far
-                     running   of the user: what it used so far
-                     booked    in the tenant's minute: as held; the rest is added, or taken back, when it ends
-                     permit    of the tenant, until release() or the end
+          -> Ticket                                                                    access/ticket.py
 
 A refused request consumes nothing: what was taken before the refusal is given back at once. Nothing here waits: where
 the store must be read first, NeedsReading says what, the caller waits and asks once more with may_wait=False, and then
@@ -30,12 +24,12 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from enum import Enum, auto
 from typing import NamedTuple
 
 from proxyd.access.cookies import Via
 from proxyd.access.quota import NO_RETRY, Kind, Line, Times, age_ms, decide_refusal, left_of, must_read
 from proxyd.access.session import Session
+from proxyd.access.ticket import Minute, Ticket, TicketState
 from proxyd.clock import Clock
 from proxyd.config.schema import Config
 from proxyd.errors import Refusal
@@ -64,136 +58,12 @@ class NeedsReading(Exception):
         self.token_iat = token_iat
 
 
-class TicketState(Enum):
-    """What became of an admitted request's reservation."""
-
-    OPEN = auto()
-    SETTLED = auto()
-    REFUNDED = auto()
-
-
 class TenantRules(NamedTuple):
     """The limits of one tenant; 0 is none."""
 
     streams: int
     requests: int
     tokens: int
-
-
-class _Minute:
-    """What one ticket has booked in its tenant's sliding minute."""
-
-    __slots__ = ("_at_ms", "_grown", "_grown_at_ms", "_reserved", "_tenant")
-
-    def __init__(self, tenant: Tenant, reserved: int, at_ms: int) -> None:
-        self._tenant = tenant
-        self._reserved, self._at_ms = reserved, at_ms
-        self._grown, self._grown_at_ms = 0, at_ms
-
-    def grow(self, tokens: int, now_ms: int) -> None:
-        """`tokens` so far: what passes the reservation counts from now on."""
-        more = tokens - self._reserved - self._grown
-        if more > 0:
-            self._tenant.tokens.add(more, now_ms)
-            self._grown, self._grown_at_ms = self._grown + more, now_ms
-
-    def end(self, tokens: int, now_ms: int) -> None:
-        """`tokens` in all: too much is taken back from where it was counted."""
-        self.grow(tokens, now_ms)
-        from_growth = min(self._grown, self._reserved + self._grown - tokens)
-        if from_growth > 0:
-            self._tenant.tokens.add(-from_growth, self._grown_at_ms)
-        if tokens < self._reserved:
-            self._tenant.tokens.add(tokens - self._reserved, self._at_ms)
-
-
-class Ticket:
-    """The right to make one request. End it with `settle` or `refund`; further calls do nothing."""
-
-    __slots__ = (
-        "_account", "_admission", "_held", "_minute", "_permit", "_prompt", "_reserved", "_running", "_started_ms",
-        "_tenant", "session", "state",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        admission: Admission,
-        session: Session,
-        *,
-        account: Account | None = None,
-        prompt_tokens: int = 0,
-        reserved: int = 0,
-        tenant: Tenant | None = None,
-        permit: int = -1,
-        minute: _Minute | None = None,
-        started_ms: int = 0,
-    ) -> None:
-        """`account` is None for what no quota counts, `tenant` where the tenant has no limits."""
-        self.session = session
-        self.state = TicketState.OPEN
-        self._admission = admission
-        self._account = account
-        self._prompt = prompt_tokens
-        self._reserved = self._held = reserved
-        self._running = 0
-        self._tenant = tenant
-        self._permit = permit
-        self._minute = minute
-        self._started_ms = started_ms
-        if account is not None and reserved:
-            account.add(held=reserved)
-
-    def progress(self, tokens_so_far: int) -> bool:
-        """What it used so far, prompt and completion. False: the user is over a line; end the answer."""
-        if self.state is not TicketState.OPEN:
-            return True
-        if self._minute is not None:
-            self._minute.grow(tokens_so_far, self._admission.now_ms())
-        if self._account is None:
-            return True
-        held = max(self._reserved, tokens_so_far)
-        self._account.add(held=held - self._held, running=tokens_so_far - self._running)
-        self._held, self._running = held, tokens_so_far
-        left = self.tokens_left()
-        return left is None or left >= 0
-
-    def tokens_left(self) -> int | None:
-        """Until the user's nearer line, by what all his requests used so far; None without one. May be negative."""
-        if self._account is None:
-            return None
-        return self._admission.left(self.session, self._account)
-
-    def release(self) -> None:
-        """Gives the permit back: the upstream has answered, the next may come. Repeats do nothing."""
-        permit, self._permit = self._permit, -1
-        if permit >= 0 and self._tenant is not None:
-            self._tenant.learn_ms(max(0, self._admission.now_ms() - self._started_ms))
-            self._tenant.release(permit)
-
-    def settle(self, tokens: int) -> None:
-        """The request ended having spent `tokens`, prompt and completion together."""
-        assert tokens >= 0, tokens
-        if self.state is not TicketState.OPEN:
-            return
-        self._end(TicketState.SETTLED, tokens)
-        if self._account is not None:
-            self._account.learn_completion(max(0, tokens - self._prompt))
-        if self._minute is not None and self._tenant is not None:
-            self._tenant.learn_tokens(tokens)
-
-    def refund(self) -> None:
-        """The request ended without costing anything."""
-        if self.state is TicketState.OPEN:
-            self._end(TicketState.REFUNDED, 0)
-
-    def _end(self, state: TicketState, tokens: int) -> None:
-        self.state = state
-        now_ms = self._admission.now_ms()
-        if self._account is not None:
-            self._account.add(held=-self._held, running=-self._running, settled=tokens, at_ms=now_ms)
-        if self._minute is not None:
-            self._minute.end(tokens, now_ms)
-        self.release()
 
 
 class Admission:
@@ -291,7 +161,7 @@ class Admission:
                 tenant.release(permit)
             wait_ms = tenant.requests.wait_ms(1, rules.requests, now_ms)
             raise _too_fast("requests", "This tenant may make no more requests in this minute.", wait_ms)
-        minute: _Minute | None = None
+        minute: Minute | None = None
         if counts and rules.tokens:
             booked = max(1, prompt_tokens + _expected(self._average(account, tenant, prompt_tokens), max_tokens))
             if not tenant.tokens.try_add(booked, rules.tokens, now_ms):
@@ -301,7 +171,7 @@ class Admission:
                     tenant.requests.add(-1, now_ms)
                 wait_ms = tenant.tokens.wait_ms(booked, rules.tokens, now_ms)
                 raise _too_fast("tokens", "This tenant has used its tokens of this minute.", wait_ms)
-            minute = _Minute(tenant, booked, now_ms)
+            minute = Minute(tenant, booked, now_ms)
         return Ticket(
             self,
             session,
