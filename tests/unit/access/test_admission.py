@@ -9,7 +9,6 @@ from proxyd.access.session import OFF_SESSION, Session
 from tests.unit.access.keys import NOW
 from tests.unit.access.ledger_world import headers_of, refusal_of, session, spend, world
 
-
 # -- models ------------------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -11,7 +10,6 @@ from proxyd.access.admission import FIRST_COMPLETION, Ticket, TicketState
 from proxyd.access.session import OFF_SESSION
 from proxyd.errors import Refusal
 from tests.unit.access.ledger_world import headers_of, refusal_of, session, world
-
 
 # -- concurrency -------------------------------------------------------------------------------------------------------
 
