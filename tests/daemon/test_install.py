@@ -99,6 +99,7 @@ def test_the_sdist_holds_what_a_build_and_an_operator_need(sdist: Path) -> None:
     assert len(compiled) > 4
     assert compiled <= inside
     assert {"conf/proxyd.toml", "LICENSE", "requirements-test.lock", "setup.py", "systemd/proxyd.service"} <= inside
+    assert {f"conf/mysql/{name}" for name in ("schema.sql", "grants.sql", "60-proxyd.cnf")} <= inside
     assert not [name for name in inside if name.endswith((".so", ".pyc")) or name.startswith("build/")]
 
 
@@ -109,6 +110,7 @@ def test_the_wheel_holds_every_module_and_no_test(wheel: Path) -> None:
         assert str(path.relative_to(ROOT)) in inside
     for path in (ROOT / "ext/proxyd").glob("*.pyx"):
         assert any(name.startswith(f"proxyd/{path.stem}.") and name.endswith(".so") for name in inside), path.stem
+    assert {"proxyd/data/o200k_base.tiktoken", "proxyd/data/NOTICE", "proxyd/py.typed"} <= inside
     assert not [name for name in inside if name.startswith(("tests/", "ext/", "bench/"))]
 
 
@@ -118,6 +120,8 @@ def test_an_installed_proxyd_runs_far_from_its_sources(installed: Path, tmp_path
     assert version.stdout.startswith("proxyd ")
     where = run(installed / "python", "-c", "import proxyd._relay as r; print(r.__file__)", cwd=tmp_path)
     assert str(ROOT) not in where.stdout
+    count = "from proxyd.dialects.tokens import O200K; O200K.load(); print(O200K.count('hello world'))"
+    assert run(installed / "python", "-c", count, cwd=tmp_path).stdout == "2\n"
     upstream = Upstream(lambda wire: wire.stream(chat_chunk("far"), FINISH, USAGE, DONE))
     port = free_port()
     text = upstream_text(upstream.url + "/v1") + model_text("*", 1, '["openai"]')
