@@ -1,15 +1,17 @@
--- The rights of proxyd's user in MariaDB 10.11 and MySQL 8, and no more: mariadb proxyd < this file.
--- `proxyd` is the database that is named here or on the command line; the tables must be there (schema.sql), and the user:
+-- The rights of proxyd's user in MariaDB 10.11 and MySQL 8, and no more: mariadb DATABASE < this file.
+-- The tables must be there (schema.sql), and the user:
 --
 --   over the socket of the same machine, without a password, for the system's user proxyd
 --     MariaDB   CREATE USER proxyd@localhost IDENTIFIED VIA unix_socket;
---     MySQL     CREATE USER proxyd@localhost IDENTIFIED WITH auth_socket;    (once: INSTALL PLUGIN auth_socket SONAME 'auth_socket.so';)
+--     MySQL     INSTALL PLUGIN auth_socket SONAME 'auth_socket.so';   -- once
+--               CREATE USER proxyd@localhost IDENTIFIED WITH auth_socket;
 --
---   over TCP, with a password (openssl rand -base64 24), for the addresses of the nodes; then write it for proxyd@localhost
---   below, too
+--   over TCP, with a password (openssl rand -base64 24), from the addresses of the nodes; then proxyd@'10.1.2.%' stands in
+--   place of proxyd@localhost below
 --     CREATE USER proxyd@'10.1.2.%' IDENTIFIED BY '...';
 --
--- CREATE, ALTER, INDEX and DROP are not among them: the daemon never changes a table. `proxyd schema --apply` needs CREATE.
+-- The daemon never changes a table, so CREATE, ALTER, INDEX and DROP are not among them. `proxyd schema --apply` needs the
+-- first three: run it as another user, or run schema.sql instead.
 
 -- Rows are added, summed, and deleted when telemetry.retention is over; none is ever changed.
 GRANT SELECT, INSERT, DELETE ON sys_ai_transactions TO proxyd@localhost;
