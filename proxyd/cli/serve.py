@@ -2,8 +2,8 @@
 
 Owns the composition of `master`, `worker` and `telemetry`, which do not know each other. Must not know argv, files
 or secrets' places: `cli.main` and `cli.demo` bring a checked configuration. Exit codes: the master's own; 1 when an
-address, the state directory, the file of revocations or the file limit refuses. Importing this imports every room:
-the workers share what the master loaded.
+address, the state directory, the file of revocations, the file limit or shared memory refuses. Importing this imports
+every room: the workers share what the master loaded.
 """
 
 from __future__ import annotations
@@ -68,15 +68,15 @@ def run(
         return fail("proxyd", 1, f"{error.strerror}; {_listen_remedy(error, config)}")
     except OSError as error:
         return fail("proxyd", 1, error.strerror or str(error))
-    region = Region.create(server.workers + 2, SYSTEM.wall())
     try:
+        region = Region.create(server.workers + 2, SYSTEM.wall())
+        ledger = Ledger.create(server.workers, permits=config.limits.most_streams)
+        questions = Channel.create(server.workers)
         _restore_revocations(config, region, log)
-    except RevocationFileError as error:
+    except (RevocationFileError, OSError) as error:
         listeners.unlink()
         listeners.close()
-        return fail("proxyd", 1, str(error))
-    ledger = Ledger.create(server.workers, permits=config.limits.most_streams)
-    questions = Channel.create(server.workers)
+        return fail("proxyd", 1, str(error) if isinstance(error, RevocationFileError) else _no_room(error, config))
     blueprint = Blueprint(config, secrets, listeners, ledger, questions, page_cookie)
 
     def worker(birth: Birth) -> int:
@@ -145,6 +145,14 @@ def _restore_revocations(config: Config, region: Region, log: Log) -> None:
         ring.publish(entry)
     if loaded.not_compacted:
         log.warning("revocations_not_compacted", detail=loaded.not_compacted)
+
+
+def _no_room(error: OSError, config: Config) -> str:
+    """The kernel gave no memory or no sockets to share: why, and what to do."""
+    remedy = "raise LimitNOFILE, or lower server.workers"
+    if error.errno == errno.ENOMEM:
+        remedy = "it is mostly address space: set vm.overcommit_memory to 0 or 1, or raise RLIMIT_AS"
+    return f"nothing to share among {config.server.workers} workers: {error.strerror}; {remedy}"
 
 
 def _listen_remedy(error: ListenError, config: Config) -> str:

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from tests.daemon import limit_ends
-from tests.daemon.harness import CHAT, Script, Upstream, node, wait_for
+from tests.daemon.harness import (
+    CHAT,
+    ROOT,
+    Daemon,
+    Script,
+    Upstream,
+    config_text,
+    free_port,
+    model_text,
+    node,
+    upstream_text,
+    wait_for,
+)
 from tests.daemon.limit_stage import (
     SPENT,
     Answer,
@@ -229,3 +243,17 @@ def test_a_thousand_requests_that_end_in_every_way_and_killed_workers_leave_noth
     told = limit_ends.run(tmp_path, 1000, kills=5, seed=int(time.time()))
     assert told[200] > 0
     assert sum(told.values()) == 1000
+
+
+def test_a_start_without_room_for_the_ledger_says_so_in_one_line(tmp_path: Path) -> None:
+    models = upstream_text("http://127.0.0.1:1/v1") + model_text("*", 1, '["openai"]')
+    text = config_text(tmp_path, free_port(), models, server=EIGHT, limits="concurrent_streams = 60000")
+    daemon = Daemon(tmp_path, text)
+    least = 500 * 1024  # KiB: enough for the interpreter, and half of what the ledger takes of the address space
+    command = f'ulimit -v {least}; exec "{sys.executable}" -m proxyd -c "{daemon.config}"'
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, env=daemon.environ, timeout=60)
+    assert ended.returncode == 1
+    told = ended.stderr.decode()
+    assert told.startswith("proxyd: nothing to share among 8 workers: Cannot allocate memory; ")
+    assert told.count("\n") == 1
+    assert not (tmp_path / "admin.sock").exists()
