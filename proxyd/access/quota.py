@@ -69,6 +69,13 @@ def left_of(lines: Sequence[Line], taken: int) -> int | None:
     return min(line.limit - line.spent for line in lines) - taken if lines else None
 
 
+def share_of(left: int, held: int, others: int) -> int:
+    """What a request that holds `held` may use before it is looked at again: alone all that is left, beside others of
+    its user half of its part. So what they use meanwhile is known before it is gone: the last tokens are halved, not
+    given to each of them."""
+    return left * held // (2 * (held + others)) if left > 0 and others > 0 else left
+
+
 def decide_refusal(lines: Sequence[Line], held: int, times: Times) -> Refusal | None:
     """None where the user may ask once more. `held`: set aside for its requests under way."""
     left = left_of(lines, held)

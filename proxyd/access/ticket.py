@@ -19,6 +19,7 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import Protocol
 
+from proxyd.access.quota import share_of
 from proxyd.access.session import Session
 from proxyd.shm.ledger import Account, Tenant
 
@@ -122,6 +123,13 @@ class Ticket:
         if self._account is None:
             return None
         return self._issuer.left(self.session, self._account)
+
+    def share(self) -> int | None:
+        """How far it may go until it is looked at again; None without a line, and negative behind it."""
+        left = self.tokens_left()
+        if left is None or self._account is None:
+            return None
+        return share_of(left, self._held, self._account.held - self._held)
 
     def release(self) -> None:
         """Gives the permit back: the upstream has answered, the next may come. Repeats do nothing."""

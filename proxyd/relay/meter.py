@@ -9,9 +9,10 @@ Where nothing limits the user, marks are a kilobyte of text apart, counts are qu
 something does, counts are those that will be booked (the provider's where it told them, else by the first kilobyte of
 the text), the exchange is told how many bytes of text are left until the line, and it stops at the event that crosses
 it. So a stream that is alone passes its line by one event (and a few tokens in its first kilobyte, where the count may
-still change its mind). Streams of one user that run side by side know of each other what
-those had used at their own last looks, a mark or a second ago: n streams pass the line by n marks (MARK_BYTES of text,
-about 256 tokens each) and n events at most.
+still change its mind). Streams of one user that run side by side know of each other what those had used at their own
+last looks; so each goes only half of its share of what is left before it looks again, and the last tokens are halved
+until they are gone. n streams of one pace pass the line by about n events, and however they run by n marks (MARK_BYTES
+of text, about 256 tokens) and n events at most.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import math
 from proxyd._relay import Exchange
 from proxyd.dialects.ask import Ask
 from proxyd.dialects.observer import Observer
-from proxyd.dialects.tokens import SAMPLE_BYTES, Text, estimate, unescaped
+from proxyd.dialects.tokens import O200K, SAMPLE_BYTES, Text, estimate, unescaped
 from proxyd.dialects.translate import Translator
 from proxyd.relay.outcome import Transaction
 from proxyd.relay.tap import Tap
@@ -44,8 +45,8 @@ class Meter:
     """The counts of one stream, from its start to its end."""
 
     __slots__ = (
-        "_ask", "_exchange", "_mark_at", "_observer", "_rate", "_sampled", "_seen", "_tap", "_transaction",
-        "is_limited",
+        "_ask", "_exchange", "_is_counted", "_mark_at", "_observer", "_rate", "_sampled", "_seen", "_tap",
+        "_transaction", "is_limited",
     )  # fmt: skip
 
     def __init__(self, transaction: Transaction, ask: Ask, observer: Observer | Translator, tap: Tap | None) -> None:
@@ -57,6 +58,7 @@ class Meter:
         self._seen = -1
         self._mark_at = 0
         self._sampled = 0
+        self._is_counted = False
         self._rate = observer.factor / 4
         self.is_limited = transaction.tokens_left() is not None
 
@@ -118,8 +120,9 @@ class Meter:
         return max(1, round(text_bytes * self._rate)) if text_bytes else 0
 
     def _learn_rate(self, exchange: Exchange) -> None:
-        """Tokens per byte, by as much of the first kilobyte as there is: what the booked count goes by."""
-        if self._sampled >= SAMPLE_BYTES:
+        """Tokens per byte, by as much of the first kilobyte as there is: what the booked count goes by. The vocabulary
+        may come later than the first looks."""
+        if self._is_counted and self._sampled >= SAMPLE_BYTES:
             return
         if isinstance(self._observer, Translator):
             raw = text = self._observer.sample
@@ -127,21 +130,23 @@ class Meter:
             raw = exchange.splitter.sample if exchange.splitter is not None else b""
             raw = self._tap.sample if self._tap is not None else raw
             text = unescaped(raw)
-        if len(raw) > self._sampled and text:
+        if text and (len(raw) > self._sampled or not self._is_counted):
             self._sampled = len(raw)
+            self._is_counted = O200K.is_ready
             self._rate = Text(len(text), text).tokens() * self._observer.factor / len(text)
 
     # -- the next mark -------------------------------------------------------------------------------------------
 
     def _set_mark(self, exchange: Exchange, completion: int) -> None:
-        """At the first byte beyond the line, or a kilobyte on where that is nearer."""
-        left = self._transaction.tokens_left()
-        if left is None:
+        """At the first byte beyond this stream's share, or a kilobyte on where that is nearer."""
+        share = self._transaction.share()
+        if share is None:
             return
-        left = max(0, left)
+        left = max(0, share)
         text_bytes = self.text_bytes
         if self._observer.usage.completion is not None:
-            ahead = max(FIRST_MARK_BYTES, math.ceil(left / self._rate))
+            rate = max(self._rate, completion / max(1, text_bytes))
+            ahead = max(FIRST_MARK_BYTES, math.ceil(left / rate))
         elif self._sampled == 0:
             # a token has a byte at least
             ahead = max(1, min(FIRST_MARK_BYTES, int(left / self._observer.factor)))

@@ -179,6 +179,11 @@ class Transaction:
         """How many more tokens the user has until the line; None without one."""
         return self._ticket.tokens_left()
 
+    def share(self) -> int | None:
+        """How many tokens it may use until it is looked at again: of what is left, where others of the user are under
+        way, a part. None without a line."""
+        return self._ticket.share()
+
     def release(self) -> None:
         """The upstream's part is over: another request of the tenant may begin, before a client can see this one's end.
         Later calls do nothing."""

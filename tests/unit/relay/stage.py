@@ -58,6 +58,10 @@ class Ticket:
     def tokens_left(self) -> int | None:
         return self.account.left
 
+    def share(self) -> int | None:
+        left, streams = self.account.left, len(self.account.running)
+        return left if left is None or streams == 1 else left // (2 * streams)
+
     def release(self) -> None:
         self.told.append("release")
 
