@@ -69,7 +69,7 @@ def test_a_hundred_requests_at_once_pass_the_quota_by_a_mark_and_an_event_each_a
 ) -> None:
     quota = 8000
     provider = Provider(gap=0.02)
-    with node(tmp_path, upstream(provider), server="workers = 4" as daemon:
+    with node(tmp_path, upstream(provider), server="workers = 4") as daemon:
         token = daemon.token(quota_remaining=quota)
         body = request_bytes("/v1/chat/completions", CHAT, token)
 
