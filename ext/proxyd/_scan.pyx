@@ -95,7 +95,9 @@ cdef void take_sample(Sample* sample, const unsigned char* start, Py_ssize_t len
     if length > SAMPLE_BYTES - sample.length:
         length = SAMPLE_BYTES - sample.length
     if sample.length + length > sample.room:
-        room = 128 if sample.length + length <= 128 else SAMPLE_BYTES
+        room = max(64, sample.room * 2)
+        while room < sample.length + length:
+            room *= 2
         grown = realloc(sample.text, room)
         if grown == NULL:
             return

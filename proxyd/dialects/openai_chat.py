@@ -58,7 +58,7 @@ class ChatObserver(Observer):
         super().__init__(watch)
         self.hides = hides
         self.finish_reasons: dict[int, str | None] = {}
-        self._per_index: dict[int, int] = {}  # vLLM's running completion count of each choice (rule 7)
+        self._per_index: dict[int, int] | None = None  # vLLM's running completion count of each choice (rule 7)
         self._whole_usage = False  # a usage that covers all choices was seen
         self._timings: dict[str, Any] | None = None
 
@@ -125,14 +125,16 @@ class ChatObserver(Observer):
         self.raw_usage = reported
         if not indices:
             self._whole_usage = True
-        elif len(indices) == 1 and found.completion is not None and len(self._per_index) < _MOST_CHOICES:
-            self._per_index[indices[0]] = found.completion
+        elif len(indices) == 1 and found.completion is not None:
+            self._per_index = {} if self._per_index is None else self._per_index
+            if len(self._per_index) < _MOST_CHOICES:
+                self._per_index[indices[0]] = found.completion
 
     def _is_whole(self) -> bool:
         return bool(self.finish_reasons) and all(self.finish_reasons.values())
 
     def _settle_usage(self) -> None:
-        if self.outcome != "completed" and not self._whole_usage and len(self._per_index) > 1:
+        if self.outcome != "completed" and not self._whole_usage and self._per_index and len(self._per_index) > 1:
             self.usage.completion = sum(self._per_index.values())
         if self._timings is not None:
             timed = read_timings(self._timings)
