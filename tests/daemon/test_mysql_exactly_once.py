@@ -155,12 +155,12 @@ async def test_a_transaction_that_only_the_server_believes_in_is_ended_by_its_ow
 ) -> None:
     batch = group(0)
     with CutProxy(mariadb.server.port) as proxy:
-        async with house.open(port=proxy.port) as store:
+        async with house.open(port=proxy.port, bounds=HASTY) as store:
             proxy.strand_at_commit()
             with pytest.raises(StoreError):
                 await store.commit(batch, never)
             assert proxy.stranded == 1
-            await deliver(store, batch)  # KILLs it
+            await deliver(store, batch, 5)  # the server would end it after a minute: it is killed
             proxy.release()
             await deliver(store, group(1))
     assert house.stored() == expected([batch, group(1)])
