@@ -135,21 +135,19 @@ cdef class Window:
     def add(self, int64_t n, int64_t now_ms):
         """What is given back leaves the tick of `now_ms` and, where a late caller's addition went to a newer one, the
         15 after it; it is never moved to an older tick, so what stays counts no shorter than it should."""
-        cdef int64_t now = _tick(now_ms), newest, tick, count, taken
+        cdef int64_t now = _tick(now_ms), tick, count, taken
         cdef uint64_t word
         if n < 0:
             n = -max(n, -_COUNT_MAX)
-            newest = signed_word(self.newest)
-            for tick in range(max(now, newest - RING + 1), min(now + RING - LIVE, newest + 1)):
-                while n:
-                    word = px_word_load(self.ring + (tick & 255))
-                    if not _is_of(word, tick):
-                        break
-                    taken = min(n, <int64_t> (word & _COUNT))
-                    if taken == 0:
-                        break
-                    if px_word_cas(self.ring + (tick & 255), word, word - <uint64_t> taken):
-                        n -= taken
+            tick = max(now, signed_word(self.newest) - RING + 1)
+            # `newest` anew each time: what one gives back may be another's, whose own went to a tick that is newer still.
+            while n and tick <= min(now + RING - LIVE - 1, signed_word(self.newest)):
+                word = px_word_load(self.ring + (tick & 255))
+                taken = min(n, <int64_t> (word & _COUNT)) if _is_of(word, tick) else 0
+                if taken == 0:
+                    tick += 1
+                elif px_word_cas(self.ring + (tick & 255), word, word - <uint64_t> taken):
+                    n -= taken
             return
         while n:
             tick = self._open(now, &word)

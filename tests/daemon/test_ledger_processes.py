@@ -76,18 +76,27 @@ class Process:
         os.waitpid(self.pid, 0)
 
 
-def all_at_once(work: Callable[[int], Any]) -> list[Any]:
-    """work(slot) of eight slots, each in a process of its own; they begin when all are there."""
+def meet(words: Words, turn: int, count: int) -> None:
+    """Returns when `count` processes are at this turn: within a fraction of a microsecond, if each has a core."""
+    words.add(GO, 1)
+    spins = 0
+    while words.load(GO) < count * (turn + 1):
+        spins += 1
+        if spins > 300:
+            os.sched_yield()
+        if spins > 10**7:
+            raise AssertionError("the others do not come")
+
+
+def all_at_once(work: Callable[[int], Any], count: int = SLOTS) -> list[Any]:
+    """work(slot), each in a process of its own; they begin when all are there."""
     with shared() as words:
 
         def run(slot: int) -> Any:
-            words.add(GO, 1)
-            until = time.monotonic() + PATIENCE_S
-            while words.load(GO) < SLOTS and time.monotonic() < until:
-                os.sched_yield()
+            meet(words, 0, count)
             return work(slot)
 
-        processes = [Process(functools.partial(run, slot)) for slot in range(SLOTS)]
+        processes = [Process(functools.partial(run, slot)) for slot in range(count)]
         return [process.result() for process in processes]
 
 
@@ -134,6 +143,26 @@ def test_none_is_refused_while_fewer_than_the_limit_hold_one() -> None:
         assert all_at_once(lambda slot: hammer(ledger, slot, 8, 40_000, words)) == [(40_000, 0)] * 8
 
 
+def test_one_is_free_all_the_time_and_found_though_it_is_never_the_same() -> None:
+    """Two processes take a second permit before they give back the first: one of the four is always free."""
+    ledger = Ledger.create(2)
+
+    def work(slot: int) -> int:
+        tenant = ledger.at(slot, 1).tenant("t")
+        refused = 0
+        held = tenant.acquire(4, 1)
+        for _ in range(150_000):
+            other = tenant.acquire(4, 1)
+            if other < 0:
+                refused += 1
+            else:
+                tenant.release(held)
+                held = other
+        return refused
+
+    assert all_at_once(work, 2) == [0, 0]
+
+
 # --- windows ---------------------------------------------------------------------------------------------------------
 
 SPEED = 20  # the test's minute lasts three seconds, a tick 12.5 ms: four hundred edges to race at
@@ -172,6 +201,26 @@ def test_sixty_seconds_of_eight_processes_never_sum_above_the_limit() -> None:
     assert worst <= limit
     assert worst > limit * 0.9
     assert made[-1][0] - made[0][0] > 60_000  # else nothing was ever let in anew
+
+
+def test_at_a_tick_s_edge_the_last_place_goes_to_one_of_two() -> None:
+    """One reads its clock in the last millisecond of a tick, the other in the first of the next."""
+    ledger = Ledger.create(2)
+    start = fast_ms() // 250 * 250
+
+    with shared() as words:
+
+        def work(slot: int) -> list[bool]:
+            window = ledger.at(slot, 1).tenant("t").requests
+            made = []
+            for turn in range(10_000):
+                now = start + turn * 61_000 + 249 + slot
+                meet(words, turn, 2)
+                made.append(window.try_add(1, 1, now))
+            return made
+
+        one, other = all_at_once(work, 2)
+    assert [a + b for a, b in zip(one, other, strict=True)] == [1] * 10_000
 
 
 def test_additions_and_what_is_given_back_by_eight_processes_leave_nothing() -> None:
@@ -216,6 +265,25 @@ def test_users_that_eight_processes_create_at_once_have_one_row_each() -> None:
         account = ledger.find(user)
         assert account is not None
         assert account.settled == sum(range(1, 9))
+
+
+def test_a_user_that_two_processes_create_at_the_same_instant_has_one_row() -> None:
+    ledger = Ledger.create(2, users=16_384)
+
+    with shared() as words:
+
+        def work(slot: int) -> list[int]:
+            hand = ledger.at(slot, 1)
+            rows = []
+            for turn in range(10_000):
+                meet(words, turn, 2)
+                rows.append(hand.account(turn).row)
+            return rows
+
+        one, other = all_at_once(work, 2)
+    assert one == other
+    assert len(set(one)) == 10_000
+    assert ledger.totals().users <= 10_002
 
 
 def test_tenants_that_eight_processes_create_at_once_have_one_row_each() -> None:

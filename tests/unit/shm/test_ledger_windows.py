@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proxyd._ledger import Table, Writer
+from proxyd._shm import Words
 from proxyd.shm.ledger import Ledger, Window
 
 NOW = 987_654_321
@@ -19,7 +23,7 @@ def window() -> Window:
 # (ms since the call before, how old the caller's clock reading is, n)
 calls = st.lists(
     st.tuples(
-        st.one_of(st.integers(0, 20), st.integers(0, 3_000), st.integers(0, 200_000)),
+        st.one_of(st.integers(0, 20), st.integers(0, 3_000), st.integers(56_000, 64_000), st.integers(0, 200_000)),
         st.one_of(st.just(0), st.integers(0, 3_750)),
         st.integers(1, 5),
     ),
@@ -151,6 +155,15 @@ def test_a_caller_with_an_older_clock_sees_what_the_newer_one_added() -> None:
     assert subject.total(NOW) == 10
 
 
+def test_a_caller_with_an_older_clock_counts_from_its_own_minute_on() -> None:
+    subject = window()
+    assert subject.try_add(10, 10, NOW)
+    assert subject.try_add(1, 10, NOW + 61_000)
+    assert not subject.try_add(1, 10, NOW + 59_000)
+    assert (subject.total(NOW + 61_000), subject.total(NOW + 59_000)) == (1, 11)
+    assert subject.wait_ms(1, 10, NOW + 59_000) > 1_000
+
+
 def test_a_caller_that_was_stopped_for_minutes_is_neither_lost_nor_in_the_way() -> None:
     subject = window()
     assert subject.try_add(5, 10, NOW + 300_000)
@@ -184,6 +197,24 @@ def test_a_tick_s_count_stops_at_what_its_bits_hold() -> None:
 def test_a_negative_request_is_refused_as_a_mistake() -> None:
     with pytest.raises(ValueError):
         window().try_add(-1, 10, NOW)
+
+
+def test_a_tick_closed_by_one_who_died_then_is_left_for_the_next_with_its_count() -> None:
+    memory = mmap.mmap(-1, Table.measure(1, 1, 1, 0))
+    table = Table(memory, 1, 1, 1, 0)
+    subject = Writer(table, 0, 1).tenant(1).requests
+    assert subject.try_add(4, 10, NOW)
+    ring = Words(memory, len(memory) - 3 * 4096 + 16 * 8, 256)  # of the last part, three pages, the first row
+    at = NOW // TICKS % 256
+    assert ring.load(at) & 0xFF == 4
+    ring.store(at, ring.load(at) | 1 << 39)
+    assert subject.total(NOW) == 4
+    assert subject.try_add(5, 10, NOW)
+    assert not subject.try_add(2, 10, NOW)
+    assert ring.load((at + 1) % 256) & 0xFF == 5
+    subject.add(-4, NOW)
+    assert subject.total(NOW) == 5
+    assert subject.try_add(5, 10, NOW + TICKS)
 
 
 def test_the_two_windows_of_a_tenant_and_those_of_another_are_apart() -> None:
