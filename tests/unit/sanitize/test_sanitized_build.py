@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 RUNS = (
     "tests/unit/relay/test_compiled_exchange.py",
+    "tests/unit/relay/test_exchange_limit.py",
+    "tests/unit/relay/test_quota_within_a_stream.py",
     "tests/unit/wire/test_splitter.py",
     "tests/unit/wire/test_scan.py",
     "tests/unit/dialects/test_vocabulary.py",
