@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tests.bench import fairness, gaps, memory, relay_cost
+from tests.bench import fairness, gaps, group_commit, lag, memory, outage, relay_cost, window_query
 from tests.bench.tools import BenchError
 
 SHORT = {
@@ -13,14 +13,31 @@ SHORT = {
     "memory": ["--streams", "5000", "--hold", "6"],
     "gaps": ["--seconds", "5"],
     "fairness": ["--seconds", "6"],
+    "group_commit": ["--seconds", "1", "--rounds", "1", "--rows", "60000", "--sync-us", "0,1000"],
+    "lag": ["--seconds", "5"],
+    "window_query": ["--rows", "500000", "--queries", "2000", "--seconds", "4", "--cap", "60"],
+    "outage": ["--seconds", "6", "--backlog", "100000"],
 }
 FULL = {
     "relay_cost": ["--rounds", "5"],
     "memory": ["--hold", "30"],
     "gaps": ["--seconds", "20"],
     "fairness": ["--seconds", "20"],
+    "group_commit": ["--levers"],
+    "lag": [],
+    "window_query": [],
+    "outage": ["--seconds", "60", "--rounds", "2"],
 }
-RUN = {"relay_cost": relay_cost.main, "memory": memory.main, "gaps": gaps.main, "fairness": fairness.main}
+RUN = {
+    "relay_cost": relay_cost.main,
+    "memory": memory.main,
+    "gaps": gaps.main,
+    "fairness": fairness.main,
+    "group_commit": group_commit.main,
+    "lag": lag.main,
+    "window_query": window_query.main,
+    "outage": outage.main,
+}
 
 
 def main() -> int:
