@@ -19,6 +19,9 @@ RUNS = (
     "tests/unit/relay/test_quota_within_a_stream.py",
     "tests/unit/wire/test_splitter.py",
     "tests/unit/wire/test_scan.py",
+    "tests/unit/shm/test_ledger.py",
+    "tests/unit/shm/test_ledger_machine.py",
+    "tests/unit/shm/test_ledger_windows.py",
     "tests/unit/dialects/test_vocabulary.py",
 )
 
