@@ -440,19 +440,21 @@ cdef class Account:
 
     def first_seen(self, int64_t iat):
         """The first worker that sees a token newer than all before notes what was settled then; the others find it.
-        Repeats only because another one's note came first, each with a newer token."""
-        cdef uint64_t word, note
-        cdef int64_t settled = self._sum(SETTLED)
+        The sum is taken after the note was read, so it is never less than the note's: the note has its low half only.
+        Repeats only because another one's note came first, each with a newer token.
+        """
+        cdef uint64_t word
+        cdef int64_t settled
         if iat <= 0 or iat >> 32:
             return None
-        note = <uint64_t> iat << 32 | (<uint64_t> settled & 0xFFFFFFFF)
         while True:
             word = px_word_load(self.p + FIRST_SEEN)
-            if word >> 32 == <uint64_t> iat:
-                return settled - <int64_t> ((<uint64_t> settled - word) & 0xFFFFFFFF)
             if word >> 32 > <uint64_t> iat:
                 return None
-            if px_word_cas(self.p + FIRST_SEEN, word, note):
+            settled = self._sum(SETTLED)
+            if word >> 32 == <uint64_t> iat:
+                return settled - <int64_t> ((<uint64_t> settled - word) & 0xFFFFFFFF)
+            if px_word_cas(self.p + FIRST_SEEN, word, <uint64_t> iat << 32 | (<uint64_t> settled & 0xFFFFFFFF)):
                 return settled
 
     @property

@@ -306,6 +306,24 @@ def test_a_user_that_two_processes_create_at_the_same_instant_has_one_row() -> N
     assert ledger.totals().users <= len(one) + 2
 
 
+def test_what_was_spent_before_a_token_s_first_sight_is_the_same_for_two_who_see_it_at_once() -> None:
+    ledger = Ledger.create(2)
+
+    with shared() as words:
+
+        def work(slot: int) -> list[int | None]:
+            account = ledger.at(slot, 1).account(7)
+            seen = []
+            for turn in together(words, slot):
+                account.add(settled=1_000)
+                seen.append(account.first_seen(turn + 1))
+            return seen
+
+        one, other = all_at_once(work, 2)
+    assert one == other
+    assert all(n is not None and 2_000 * turn < n <= 2_000 * (turn + 1) for turn, n in enumerate(one))
+
+
 def test_tenants_that_eight_processes_create_at_once_have_one_row_each() -> None:
     names = [f"t{n}" for n in range(60)]
     ledger = Ledger.create(SLOTS, tenants=64)
