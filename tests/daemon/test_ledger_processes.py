@@ -6,111 +6,16 @@ certain is left out.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
-import mmap
 import os
-import pickle
 import random
-import select
-import signal
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
 from proxyd._shm import Words
 from proxyd.shm.ledger import Ledger, SlotLedger
-
-SLOTS = 8
-GO, INSIDE, WRONG, STOP = range(4)  # words that the test's processes share
-PATIENCE_S = 120.0
-
-
-@contextlib.contextmanager
-def shared() -> Iterator[Words]:
-    yield Words(mmap.mmap(-1, 4096), 0, 512)
-
-
-class Process:
-    """A fork that runs `work` and sends back what it returns."""
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self._end, end = os.pipe()
-        self.pid = os.fork()
-        if self.pid:
-            os.close(end)
-            return
-        try:
-            os.close(self._end)
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            with os.fdopen(end, "wb") as file:
-                file.write(pickle.dumps(work()))
-        finally:
-            os._exit(0)
-
-    def result(self) -> Any:
-        data = b""
-        until = time.monotonic() + PATIENCE_S
-        while True:
-            if not select.select([self._end], [], [], max(0.0, until - time.monotonic()))[0]:
-                self.kill()
-                raise AssertionError("a process of the test does not end")
-            part = os.read(self._end, 1 << 20)
-            if not part:
-                break
-            data += part
-        self._close()
-        assert data, "a process of the test failed"
-        return pickle.loads(data)
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-        self._close()
-
-    def _close(self) -> None:
-        os.close(self._end)
-        os.waitpid(self.pid, 0)
-
-
-def meet(words: Words, turn: int, count: int) -> None:
-    """Returns when `count` processes are at this turn: within a fraction of a microsecond, if each has a core."""
-    words.add(GO, 1)
-    spins = 0
-    while words.load(GO) < count * (turn + 1):
-        spins += 1
-        if spins > 300:
-            os.sched_yield()
-        if spins > 10**7:
-            raise AssertionError("the others do not come")
-
-
-def together(words: Words, slot: int) -> Iterator[int]:
-    """Turns that two processes begin at the same instant: 10,000, or on a busy machine what they manage in 5 s."""
-    until = time.monotonic() + 5
-    for turn in range(10_000):
-        if slot == 0 and turn and time.monotonic() > until:
-            words.store(STOP, turn)
-        meet(words, turn, 2)
-        if turn and words.load(STOP) == turn:
-            return
-        yield turn
-
-
-def all_at_once(work: Callable[[int], Any], count: int = SLOTS) -> list[Any]:
-    """work(slot), each in a process of its own; they begin when all are there."""
-    with shared() as words:
-
-        def run(slot: int) -> Any:
-            meet(words, 0, count)
-            return work(slot)
-
-        processes = [Process(functools.partial(run, slot)) for slot in range(count)]
-        return [process.result() for process in processes]
-
+from tests.daemon.races import INSIDE, SLOTS, WRONG, Process, all_at_once, shared_words, together
 
 # --- permits ---------------------------------------------------------------------------------------------------------
 
@@ -137,10 +42,10 @@ def hammer(ledger: Ledger, slot: int, limit: int, rounds: int, words: Words) -> 
 @pytest.mark.parametrize("limit", [1, 3, 7])
 def test_eight_processes_never_hold_more_than_the_limit_and_all_comes_back(limit: int) -> None:
     ledger = Ledger.create(SLOTS)
-    with shared() as words:
-        counts = all_at_once(lambda slot: hammer(ledger, slot, limit, 20_000, words))
-        assert words.load(WRONG) == 0
-        assert words.load(INSIDE) == 0
+    words = shared_words()
+    counts = all_at_once(lambda slot: hammer(ledger, slot, limit, 20_000, words))
+    assert words.load(WRONG) == 0
+    assert words.load(INSIDE) == 0
     assert sum(taken for taken, _ in counts) > 1_000
     assert sum(refused for _, refused in counts) > 0
     assert ledger.totals().permits == 0
@@ -151,8 +56,8 @@ def test_eight_processes_never_hold_more_than_the_limit_and_all_comes_back(limit
 def test_none_is_refused_while_fewer_than_the_limit_hold_one() -> None:
     """Each process holds one at most, so eight are always enough for eight, however they change hands meanwhile."""
     ledger = Ledger.create(SLOTS)
-    with shared() as words:
-        assert all_at_once(lambda slot: hammer(ledger, slot, 8, 40_000, words)) == [(40_000, 0)] * 8
+    words = shared_words()
+    assert all_at_once(lambda slot: hammer(ledger, slot, 8, 40_000, words)) == [(40_000, 0)] * 8
 
 
 def test_one_is_free_all_the_time_and_found_though_it_is_never_the_same() -> None:
@@ -233,17 +138,17 @@ def test_at_a_tick_s_edge_the_last_place_goes_to_one_of_two() -> None:
     ledger = Ledger.create(2)
     start = fast_ms() // 250 * 250
 
-    with shared() as words:
+    words = shared_words()
 
-        def work(slot: int) -> list[bool]:
-            window = ledger.at(slot, 1).tenant("t").requests
-            made = []
-            for turn in together(words, slot):
-                later = slot * (1 + turn % 200 * 250)
-                made.append(window.try_add(1, 1, start + turn * 122_000 + 249 + later))
-            return made
+    def work(slot: int) -> list[bool]:
+        window = ledger.at(slot, 1).tenant("t").requests
+        made = []
+        for turn in together(words, slot):
+            later = slot * (1 + turn % 200 * 250)
+            made.append(window.try_add(1, 1, start + turn * 122_000 + 249 + later))
+        return made
 
-        one, other = all_at_once(work, 2)
+    one, other = all_at_once(work, 2)
     assert [a + b for a, b in zip(one, other, strict=True)] == [1] * len(one)
 
 
@@ -294,13 +199,13 @@ def test_users_that_eight_processes_create_at_once_have_one_row_each() -> None:
 def test_a_user_that_two_processes_create_at_the_same_instant_has_one_row() -> None:
     ledger = Ledger.create(2, users=16_384)
 
-    with shared() as words:
+    words = shared_words()
 
-        def work(slot: int) -> list[int]:
-            hand = ledger.at(slot, 1)
-            return [hand.account(turn).row for turn in together(words, slot)]
+    def work(slot: int) -> list[int]:
+        hand = ledger.at(slot, 1)
+        return [hand.account(turn).row for turn in together(words, slot)]
 
-        one, other = all_at_once(work, 2)
+    one, other = all_at_once(work, 2)
     assert one == other
     assert len(set(one)) == len(one)
     assert ledger.totals().users <= len(one) + 2
@@ -309,17 +214,17 @@ def test_a_user_that_two_processes_create_at_the_same_instant_has_one_row() -> N
 def test_what_was_spent_before_a_token_s_first_sight_is_the_same_for_two_who_see_it_at_once() -> None:
     ledger = Ledger.create(2)
 
-    with shared() as words:
+    words = shared_words()
 
-        def work(slot: int) -> list[int | None]:
-            account = ledger.at(slot, 1).account(7)
-            seen = []
-            for turn in together(words, slot):
-                account.add(settled=1_000)
-                seen.append(account.first_seen(turn + 1))
-            return seen
+    def work(slot: int) -> list[int | None]:
+        account = ledger.at(slot, 1).account(7)
+        seen = []
+        for turn in together(words, slot):
+            account.add(settled=1_000)
+            seen.append(account.first_seen(turn + 1))
+        return seen
 
-        one, other = all_at_once(work, 2)
+    one, other = all_at_once(work, 2)
     assert one == other
     assert all(n is not None and 2_000 * turn < n <= 2_000 * (turn + 1) for turn, n in enumerate(one))
 
@@ -405,14 +310,9 @@ def test_whoever_is_killed_leaves_nothing_held_nothing_running_and_no_permit() -
         assert not hand.tenant(name).tokens.try_add(1, 5, later)
 
 
-def test_a_successor_s_permits_survive_the_reclaim_of_another_slot() -> None:
+def test_a_dead_worker_s_permit_survives_the_reclaim_of_another_slot() -> None:
     ledger = Ledger.create(2)
-    with shared() as words:
-
-        def work() -> int:
-            return ledger.at(1, 2).tenant("t").acquire(3, 1) + 0 * words.load(GO)
-
-        assert Process(work).result() == 0
+    assert Process(lambda: ledger.at(1, 2).tenant("t").acquire(3, 1)).result() == 0
     assert ledger.reclaim(0) == 0
     assert ledger.totals().permits == 1
     assert ledger.reclaim(1) == 1
