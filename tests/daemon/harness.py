@@ -264,13 +264,16 @@ class Daemon:
         path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in path.read_text().split()] if path.exists() else []
 
-    def child(self, title: str) -> int:
-        """The pid of the child whose process title begins with `proxyd: title`."""
-        for pid in self.children():
-            with contextlib.suppress(OSError):
-                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"proxyd: " + title.encode()):
-                    return pid
-        raise AssertionError(f"no child {title!r}")
+    def child(self, title: str, seconds: float = 20.0) -> int:
+        """The pid of the child whose process title begins with `proxyd: title`; a young one has none for a moment."""
+        until = time.monotonic() + seconds
+        while True:
+            for pid in self.children():
+                with contextlib.suppress(OSError):
+                    if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"proxyd: " + title.encode()):
+                        return pid
+            assert time.monotonic() < until, f"no child {title!r}"
+            time.sleep(0.01)
 
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")

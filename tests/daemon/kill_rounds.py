@@ -189,7 +189,7 @@ class Killer:
 
     def _find(self, title: str) -> int | None:
         with contextlib.suppress(AssertionError):
-            return self._daemon.child(title)
+            return self._daemon.child(title, 0)
         return None
 
     def wait_gone(self) -> None:

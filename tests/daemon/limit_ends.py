@@ -137,7 +137,7 @@ class Killer:
             due = self.load.count * (self.killed + 1) // (self.kills + 1)
             if self.load.done >= due:
                 with contextlib.suppress(AssertionError, ProcessLookupError):
-                    os.kill(self.load.daemon.child(f"worker {rng.randrange(8)}"), signal.SIGKILL)
+                    os.kill(self.load.daemon.child(f"worker {rng.randrange(8)}", 0), signal.SIGKILL)
                     self.killed += 1
             time.sleep(0.005)
 

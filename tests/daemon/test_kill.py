@@ -177,7 +177,7 @@ def test_long_streams_of_the_other_workers_go_on_without_a_gap(upstream: Make, t
 
 def _has_successor(daemon: Daemon, victim: int) -> bool:
     with contextlib.suppress(AssertionError):
-        return daemon.child("worker 0") != victim
+        return daemon.child("worker 0", 0) != victim
     return False
 
 
@@ -214,7 +214,7 @@ def test_counts_are_on_record_before_the_client_sees_the_end(upstream: Make, tmp
 
 def _find(daemon: Daemon) -> int | None:
     with contextlib.suppress(AssertionError):
-        return daemon.child("worker 0")
+        return daemon.child("worker 0", 0)
     return None
 
 
@@ -333,7 +333,7 @@ def test_a_worker_that_dies_again_and_again_turns_nobody_away(upstream: Make, tm
         def kill_it() -> None:
             while not stop.is_set():
                 with contextlib.suppress(AssertionError, ProcessLookupError):
-                    pid = daemon.child("worker 0")
+                    pid = daemon.child("worker 0", 0)
                     # One that serves already may hold accepted clients: those it may cut. A newborn has none.
                     if pid not in killed:
                         os.kill(pid, signal.SIGKILL)

@@ -60,7 +60,12 @@ def sessions(database: Database) -> int:
 
 
 def waiting(database: Database) -> int:
-    return int(database.query("SELECT COUNT(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'")[0][0])
+    """Sessions of this database that wait for a row: the server is shared, and another test's may be left on it."""
+    sql = (
+        "SELECT COUNT(*) FROM information_schema.innodb_trx t JOIN information_schema.processlist p"
+        " ON p.id = t.trx_mysql_thread_id WHERE t.trx_state = 'LOCK WAIT' AND p.db = DATABASE()"
+    )
+    return int(database.query(sql)[0][0])
 
 
 async def until(what: Any, seconds: float = 30.0) -> None:
