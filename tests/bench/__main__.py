@@ -15,7 +15,7 @@ SHORT = {
     "fairness": ["--seconds", "6"],
     "group_commit": ["--seconds", "1", "--rounds", "1", "--rows", "60000", "--sync-us", "0,1000"],
     "lag": ["--seconds", "5"],
-    "window_query": ["--rows", "500000", "--queries", "2000", "--seconds", "4", "--cap", "60"],
+    "window_query": ["--rows", "1000000", "--queries", "2000", "--seconds", "4", "--cap", "60"],
     "outage": ["--seconds", "6", "--backlog", "100000"],
 }
 FULL = {

@@ -12,9 +12,10 @@ import math
 import os
 import random
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,13 @@ _SLOW_C = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdlib.h>
+#include <sys/prctl.h>
 #include <time.h>
 static void wait_more(void) {
     struct timespec t = {0, 0};
     const char *us = getenv("BENCH_SYNC_US");
     t.tv_nsec = us ? 1000L * atol(us) : 0;
+    prctl(PR_SET_TIMERSLACK, 1UL, 0UL, 0UL, 0UL);
     if (t.tv_nsec) nanosleep(&t, NULL);
 }
 int fsync(int fd) {
@@ -108,34 +111,38 @@ def start(server: MariaDb) -> None:
 
 
 @contextlib.contextmanager
-def mariadb(sync_us: int = 0, **options: Any) -> Iterator[MariaDb]:
-    """A server of one's own; each of its syncs takes `sync_us` longer than the disk's."""
+def slow_disk(sync_us: int) -> Iterator[dict[str, str]]:
+    """The environment of a process each of whose syncs takes so much longer; empty for 0."""
     with tempfile.TemporaryDirectory(prefix="proxyd-bench-") as folder:
-        before = {name: os.environ.get(name) for name in ("LD_PRELOAD", "BENCH_SYNC_US")}
-        server = MariaDb(**{**SERVER, **options})
+        source, library = Path(folder) / "slow.c", Path(folder) / "slow.so"
+        if not sync_us:
+            yield {}
+            return
+        source.write_text(_SLOW_C)
+        argv = ["gcc", "-O2", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
+        made = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+        if made.returncode:
+            raise BenchError(f"gcc: {made.stderr}")
+        yield {"LD_PRELOAD": str(library), "BENCH_SYNC_US": str(sync_us)}
+
+
+@contextlib.contextmanager
+def mariadb(environ: Mapping[str, str] | None = None, **options: Any) -> Iterator[MariaDb]:
+    """A server of one's own, started with `environ` beside our own."""
+    before = {name: os.environ.get(name) for name in environ or {}}
+    server = MariaDb(**{**SERVER, **options})
+    try:
+        os.environ.update(environ or {})
         try:
-            if sync_us:
-                os.environ.update(LD_PRELOAD=_slow_library(Path(folder)), BENCH_SYNC_US=str(sync_us))
-            try:
-                start(server)
-            finally:
-                for name, value in before.items():
-                    os.environ.pop(name, None)
-                    if value is not None:
-                        os.environ[name] = value
-            yield server
+            start(server)
         finally:
-            server.close()
-
-
-def _slow_library(folder: Path) -> str:
-    source, library = folder / "slow.c", folder / "slow.so"
-    source.write_text(_SLOW_C)
-    argv = ["gcc", "-O2", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
-    made = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
-    if made.returncode:
-        raise BenchError(f"gcc: {made.stderr}")
-    return str(library)
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+        yield server
+    finally:
+        server.close()
 
 
 def database(server: MariaDb) -> Database:
@@ -149,21 +156,29 @@ def mysql_store(made: Database, node: str = NODE) -> MysqlStore:
     return MysqlStore(MysqlAddress.parse(made.url()), node)
 
 
-def sync_ms(folder: Path) -> tuple[float, float]:
-    """p50 and p99 of one fdatasync after an append of 512 bytes."""
+def sync_ms(folder: Path, environ: Mapping[str, str] | None = None) -> float:
+    """The median of one fdatasync after an append of 512 bytes, by a process of that environment."""
+    code = f"""
+import os, statistics, sys, time
+fd = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+took = []
+for number in range({SYNCS}):
+    os.pwrite(fd, b"x" * 512, number * 512)
+    began = time.perf_counter()
+    os.fdatasync(fd)
+    took.append(time.perf_counter() - began)
+print(statistics.median(took) * 1e3)
+"""
     path = folder / "sync.probe"
-    fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    took = []
     try:
-        for number in range(SYNCS):
-            os.pwrite(fd, b"x" * 512, number * 512)
-            began = time.perf_counter()
-            os.fdatasync(fd)
-            took.append((time.perf_counter() - began) * 1e3)
+        argv = [sys.executable, "-c", code, str(path)]
+        env = {**os.environ, **(environ or {})}
+        made = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120, check=True)
+        return float(made.stdout)
+    except (subprocess.SubprocessError, ValueError) as error:
+        raise BenchError(f"the cost of a sync could not be measured: {error}") from error
     finally:
-        os.close(fd)
-        path.unlink()
-    return percentile(took, 0.5), percentile(took, 0.99)
+        path.unlink(missing_ok=True)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     rows = []
     with favoured(), tempfile.TemporaryDirectory(prefix="proxyd-bench-") as folder:
-        print(f"host: {host()}, sync {sync_ms(Path(folder))[0]:.2f} ms", flush=True)
+        print(f"host: {host()}, sync {sync_ms(Path(folder)):.2f} ms", flush=True)
         for kind in options.stores.split(","):
             with mariadb() if kind == "mariadb" else contextlib.nullcontext() as server:
                 for rate in map(int, options.rates.split(",")):

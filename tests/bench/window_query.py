@@ -158,7 +158,7 @@ def print_batches(made: Database, cutoff: float) -> None:
         cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
         for name, where in ways.items():
             took = []
-            for _ in range(40):
+            for _ in range(20):
                 began = time.perf_counter()
                 cursor.execute(
                     f"SELECT transaction_id FROM sys_ai_transactions {where} LIMIT {BATCH_ROWS} FOR UPDATE SKIP LOCKED",
