@@ -5,9 +5,12 @@ Owns: nothing. Must not know: what is told.
 
 from __future__ import annotations
 
+from proxyd.cli.output import printable
+
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Columns of numbers are set to the right, so that their size can be seen."""
+    """Columns of numbers are set to the right, so that their size can be seen. Every cell is made printable."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     columns = range(len(head))
     widths = [max(len(row[column]) for row in [head, *rows]) for column in columns]
     sides = ["<" if any(row[column][:1].isalpha() for row in rows) else ">" for column in columns]

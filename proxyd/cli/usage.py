@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import orjson
 
-from proxyd.cli.output import fail, put
+from proxyd.cli.output import fail, printable, put
 from proxyd.cli.part import SINK, read_part, read_password, refuse_unreadable
 from proxyd.clock import SYSTEM, Clock
 from proxyd.config.units import format_duration
@@ -86,14 +86,14 @@ def _label(asked: Asked, names: Mapping[int, str]) -> str:
     if asked.user_id is not None:
         parts.append(f"user {asked.user_id}")
     if asked.tenant is not None:
-        parts.append(f"tenant {asked.tenant}")
+        parts.append(f"tenant {printable(asked.tenant)}")
     if asked.model_id is not None:
         parts.append(_model(asked.model_id, names))
     return ", ".join(parts)
 
 
 def _model(number: int, names: Mapping[int, str]) -> str:
-    return f"model {names[number]} (id {number})" if number in names else f"model {number}"
+    return f"model {printable(names[number])} (id {number})" if number in names else f"model {number}"
 
 
 def _figures(totals: Totals) -> dict[str, int | float | str | None]:
@@ -111,7 +111,8 @@ def _json(
 ) -> str:
     document: dict[str, object] = {
         "user_id": asked.user_id,
-        "tenant": asked.tenant,
+        # An argument may hold bytes that are no UTF-8, and JSON may not.
+        "tenant": None if asked.tenant is None else asked.tenant.encode(errors="backslashreplace").decode(),
         "model_id": asked.model_id,
         "since": utc_text(asked.since).replace(" ", "T") + "Z",
         "window_s": args.window if args.since is None else None,
@@ -130,7 +131,7 @@ def _table(label: str, in_all: Totals, groups: list[Group], names: Mapping[int, 
     lines = [("", "transactions", "prompt", "completion", "total", "estimated"), _line(label, in_all)]
     for column in SPLITS:
         for key, part in split(groups, column).items():
-            lines.append(_line(_model(int(key), names) if column == "model_id" else f"{column} {key}", part))
+            lines.append(_line(_model(int(key), names) if column == "model_id" else f"{column} {printable(key)}", part))
     widths = [max(len(line[column]) for line in lines) for column in range(6)]
     return "\n".join(
         "  ".join(

@@ -178,3 +178,17 @@ def test_arguments_that_are_not_understood_are_exit_2(
         main(["usage", *arguments])
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_tenant_of_bytes_that_are_no_text_and_one_with_escapes_are_told_harmlessly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "telemetry.db", row(tenant="a\x1b[2Jb"))
+    assert command(tmp_path, "--tenant", "a\udcff") == 0
+    assert capsys.readouterr().out == "no rows for tenant a\\xff in 24h\n"
+    assert command(tmp_path, "--tenant", "a\udcff", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["tenant"] == "a\\udcff"
+    assert command(tmp_path, "--user", "42") == 0
+    page = capsys.readouterr().out
+    assert "\x1b" not in page
+    assert "tenant a\\x1b[2Jb" in page
