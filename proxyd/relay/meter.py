@@ -39,6 +39,8 @@ FIRST_MARK_BYTES = 64
 # While less than a kilobyte is known, marks are half of the way to the line, and the whole of it from here on. Half
 # looks once more; twice passes the line by twice as much where the text is not what its beginning was.
 FEW_TOKENS = 16
+# No answer is longer, and no further does a mark lie: the exchange counts in 64 bits, a quota may be 2^63 - 1.
+FAR = 1 << 40
 
 
 class Meter:
@@ -142,7 +144,7 @@ class Meter:
         share = self._transaction.share()
         if share is None:
             return
-        left = max(0, share)
+        left = min(max(0, share), FAR)
         text_bytes = self.text_bytes
         if self._observer.usage.completion is not None:
             rate = max(self._rate, completion / max(1, text_bytes))
@@ -155,5 +157,6 @@ class Meter:
                 left //= 2
             # a count is rounded: half a token more than `left` is one more
             ahead = max(1, math.ceil((completion + left + 0.5) / self._rate) - text_bytes)
+        ahead = min(ahead, FAR)
         self._mark_at = text_bytes + min(ahead, MARK_BYTES)
         exchange.mark_after(ahead)

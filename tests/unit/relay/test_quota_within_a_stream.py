@@ -253,6 +253,22 @@ def test_the_count_that_ends_it_is_the_count_that_is_booked_whatever_the_script(
         assert room < completion <= room + 16, (text, completion)
 
 
+@pytest.mark.parametrize("room", [2**62, 2**63 - 1])
+def test_a_quota_as_large_as_a_site_can_write_is_no_less_than_none(stage: Make, room: int) -> None:
+    s = stage(Account(room)).begin()
+    for _ in range(300):
+        s.turn(encode_chunk(chat(WORD)))
+    counted = stage(Account(room)).begin(Route.MESSAGES, "anthropic")
+    usage = event("message_delta", {"type": "message_delta", "delta": {}, "usage": {"output_tokens": 5}})
+    for _ in range(3):
+        counted.turn(encode_chunk(STARTED + usage + claude(WORD) * 20))
+        counted.pass_time(1.2)
+    s.turn(encode_chunk(DONE) + b"0\r\n\r\n")
+    assert s.answered() == (chat(WORD) * 300 + DONE, True)
+    assert s.told[-2] == ("final", s.prompt, 300, "completed")
+    assert "finished" not in counted.told
+
+
 def test_without_a_quota_nothing_is_asked_but_at_the_marks(stage: Make) -> None:
     s = stage().begin()
     for _ in range(300):
