@@ -17,12 +17,23 @@ node, N the new session that asks.
 3. When the COMMIT of T had not been sent, it never will be: the session was dropped. Its other statements may lie in
    some buffer and run later; at the connection's end the server undoes them.
 4. InnoDB frees a transaction's locks when its commit is in memory, an instant before it is on disk; killed in between,
-   the server forgets T although N saw it. So `cursors()` writes too (a row of its own, removed again) and commits: the
-   log is one sequence, so when that COMMIT is answered, T is on disk.
+   the server forgets T although N saw it. So `cursors()` writes too (the owner's row) and commits: the log is one
+   sequence, so when that COMMIT is answered, T is on disk.
 5. N holds GET_LOCK of the node (mysql_session.py), which an older session keeps until after its transaction's end. That
    alone would do on one server; 1 and 2 need no such lock. A wait that is too long is a StoreError, and tried again.
 An error before COMMIT was sent has a known outcome, nothing: a session found dead by a transaction's first statement is
 replaced without a word.
+
+Two daemons with one node.id, which is a copied disk or state_dir, would each adopt the other's cursors, find no such
+files, and forget them: rows of files that are there all the same would be stored again. So
+1. the lock is held as long as the daemon lives: a session that nobody uses is pinged, a lost one opened anew. The other
+   daemon's `open` fails, and says which connection holds it.
+2. a lost session loses the lock, and the other may come first. The row `@owner` of the node has a token that each
+   daemon makes anew when it starts, and keeps in its state_dir (node.Owner), on disk before it is committed. What
+   adopts is `cursors()`: it reads and writes the token in one transaction. One that our state_dir did not make says
+   that another one wrote in between: StoreMisfit, and nothing is adopted or forgotten. A copy has older ones only.
+3. nobody writes it without the lock, so a token that was ours when a session began is ours till it ends: `_verify`
+   looks at the beginning, and commits need not.
 
 Poison rows. A row whose values the server refuses (mysql_faults.ROWS) is found by halving within savepoints, set aside
 with the server's words, and its neighbours are stored. An error of the server (locks, space, rights, schema) fails the
@@ -47,6 +58,7 @@ from proxyd.store.mysql_faults import Blame, SqlFault
 from proxyd.store.mysql_reader import MysqlReader
 from proxyd.store.mysql_session import Bounds, Session
 from proxyd.store.mysql_text import bookkeeping, inserts, row_texts
+from proxyd.store.node import NAME, Owner
 from proxyd.store.queries import WINDOW_SUM
 from proxyd.store.schema import (
     Batch,
@@ -66,10 +78,14 @@ __all__ = ["STRANGE_TRIES", "Bounds", "MysqlReader", "MysqlStore"]
 # more than a hiccup. Half would set rows aside for a hiccup; twice holds all rows up for 10 s.
 STRANGE_TRIES = 4
 _NODE = re.compile(r"[0-9A-Za-z_-]{0,16}")
+# No stream has this name.
+_OWNER = "@owner"
 _MARK = (
-    "INSERT INTO sys_ai_spool_offsets (node, stream, segment, position, finished) VALUES ({me}, '', 0, 0, 0)"
+    "INSERT INTO sys_ai_spool_offsets (node, stream, segment, position, finished) VALUES ({me}, '@owner', {token}, 0, 0)"
     " ON DUPLICATE KEY UPDATE position = position + 1"
 )
+# Between two tries to get a lost session back while nobody uses it.
+_RECONNECT_S = 5.0
 _LOSES = {
     "innodb_flush_log_at_trx_commit": {
         0: "up to a second of stored rows when the server process or its machine dies",
@@ -89,17 +105,26 @@ class MysqlStore:
     """The writing side; implements `schema.Store`. One task uses it at a time."""
 
     __slots__ = (
-        "_address", "_bounds", "_earlier", "_is_open", "_log", "_node", "_sample", "_session", "_strange",
-        "_strange_tries", "_timer", "_told",
+        "_address", "_bounds", "_earlier", "_is_connecting", "_is_open", "_log", "_node", "_owner", "_ping", "_sample",
+        "_session", "_strange", "_strange_tries", "_timer", "_told",
     )  # fmt: skip
 
-    def __init__(self, address: MysqlAddress, node: str, log: Log | None = None, bounds: Bounds | None = None) -> None:
+    def __init__(
+        self,
+        address: MysqlAddress,
+        node: str,
+        log: Log | None = None,
+        bounds: Bounds | None = None,
+        owner: Owner | None = None,
+    ) -> None:
         if not _NODE.fullmatch(node):
             raise ValueError("a node is at most 16 letters, digits, - and _: it stands in SQL as it is")
         self._address, self._node, self._log, self._bounds = address, node, log, bounds or Bounds()
-        # Open without a session: it rests (`_on_idle`) and comes back with the next statement.
-        self._is_open = False
+        self._owner = owner or Owner()
+        # Open without a session: it was lost, and comes back with the next statement or look (`_on_idle`).
+        self._is_open = self._is_connecting = False
         self._session: Session | None = None
+        self._ping: asyncio.Task[None] | None = None
         self._earlier = 0
         self._timer: asyncio.TimerHandle | None = None
         # The batch that met an error which nobody knows, and how often.
@@ -112,11 +137,13 @@ class MysqlStore:
 
     async def open(self) -> None:
         """Connects and checks the schema; creates nothing."""
-        self._drop()
         self._is_open = False
+        await self._end_ping()
+        self._drop()
         session = await self._connect()
         try:
             await self._check(session)
+            await self._verify(session)
         except BaseException:
             self._drop()
             raise
@@ -128,11 +155,16 @@ class MysqlStore:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        await self._end_ping()
         self._drop()
         await asyncio.sleep(0)  # so that the goodbye leaves
 
     async def _connect(self) -> Session:
-        self._session = session = await Session.open(self._address, self._node, self._earlier, self._bounds)
+        self._is_connecting = True
+        try:
+            self._session = session = await Session.open(self._address, self._node, self._earlier, self._bounds)
+        finally:
+            self._is_connecting = False
         self._earlier = session.id
         return session
 
@@ -142,18 +174,38 @@ class MysqlStore:
             session.quit()
 
     def _on_idle(self) -> None:
-        """Lets a session go that nobody used for long, and looks again later."""
+        """Uses a session that nobody used for long, so that the server keeps it, and looks again later."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._is_open:
+            return
         loop = asyncio.get_running_loop()
         session = self._session
-        left = self._bounds.idle
-        if session is not None:
-            left = session.used_at + self._bounds.idle - loop.time()
-            if left <= 0 and not session.is_busy and not session.in_transaction:
-                self._drop()
-        if self._is_open:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = loop.call_later(max(left, 1.0), self._on_idle)
+        left = 0.0 if session is None else session.used_at + self._bounds.idle - loop.time()
+        is_free = not self._is_connecting and (session is None or not (session.is_busy or session.in_transaction))
+        if left <= 0 and is_free and (self._ping is None or self._ping.done()):
+            self._ping = loop.create_task(self._stay())
+            left = _RECONNECT_S if session is None else self._bounds.idle
+        self._timer = loop.call_later(max(left, 1.0), self._on_idle)
+
+    async def _stay(self) -> None:
+        """Keeps the lock, or takes it again. What is wrong is told by the next statement, or has passed by then."""
+        session = self._session
+        try:
+            if session is not None:
+                await session.run("DO 1")
+            else:
+                await self._verify(await self._connect())
+        except StoreError:
+            self._drop()
+
+    async def _end_ping(self) -> None:
+        """One task uses a session at a time."""
+        if self._ping is not None and not self._ping.done():
+            self._ping.cancel()
+            await asyncio.wait({self._ping})
+        self._ping = None
 
     async def _check(self, session: Session) -> None:
         tables, columns, indexes = [await session.rows(sql) for sql in INSPECT]
@@ -198,8 +250,10 @@ class MysqlStore:
         """Runs the first statement of some work; a session that is found dead, or rests, is replaced, once."""
         if not self._is_open:
             raise StoreError(f"{self._address}: not open")
-        session = self._session
         try:
+            if self._ping is not None and not self._ping.done():
+                await asyncio.wait({self._ping})
+            session = self._session
             if session is not None:
                 try:
                     return session, await session.rows(sql)
@@ -207,6 +261,7 @@ class MysqlStore:
                     if not fault.is_lost:
                         raise
             session = await self._connect()
+            await self._verify(session)
             return session, await session.rows(sql)
         except BaseException:
             self._fail()
@@ -235,18 +290,44 @@ class MysqlStore:
         me = f"'{self._node}'"
         session = await self._begin()
         try:
-            await self._step(session, _MARK.format(me=me))
+            await self._step(session, _MARK.format(me=me, token=self._owner.token))
             # Only `node =`: by this the scan ends at the node's last row without a look at the next one's lock.
             found = await session.rows(
                 "SELECT stream, segment, position, finished FROM sys_ai_spool_offsets"  # noqa: S608
                 f" WHERE node = {me} FOR UPDATE"
             )
-            await self._step(session, f"DELETE FROM sys_ai_spool_offsets WHERE node = {me} AND stream = ''")  # noqa: S608
+            (token,) = [segment for name, segment, _, _ in found if name == _OWNER]
+            self._refuse_stranger(token)
+            if self._owner.keep(token) != token:
+                await self._step(
+                    session,
+                    f"UPDATE sys_ai_spool_offsets SET segment = {self._owner.token:d}"  # noqa: S608
+                    f" WHERE node = {me} AND stream = '{_OWNER}'",
+                )
             await session.run("COMMIT")
         except BaseException:
             self._fail()
             raise
-        return {name: Cursor(name, segment, position, bool(end)) for name, segment, position, end in found if name}
+        return {
+            name: Cursor(name, segment, position, bool(end)) for name, segment, position, end in found if name != _OWNER
+        }
+
+    async def _verify(self, session: Session) -> None:
+        """Another daemon may have come and gone between two sessions of ours."""
+        if self._owner.is_kept:
+            found = await session.rows(
+                f"SELECT segment FROM sys_ai_spool_offsets WHERE node = '{self._node}' AND stream = '{_OWNER}'"  # noqa: S608
+            )
+            for (token,) in found:
+                self._refuse_stranger(token)
+
+    def _refuse_stranger(self, token: int) -> None:
+        if not self._owner.holds(token):
+            raise StoreMisfit(
+                f"{self._address}: another state_dir stored under this node's name ({self._node}): two daemons have"
+                f" copies of one {NAME}; in the one that is the copy, remove {NAME} and what its spool was copied with,"
+                " and restart it (docs/accounting.md, Several nodes)"
+            )
 
     async def open_transactions(self) -> list[OpenTransaction]:
         _, found = await self._first(

@@ -14,7 +14,7 @@ Settings, each for this session only
 
 The lock (GET_LOCK) is the node's name: two daemons with one node.id, which is a copied state_dir, do not write at
 once. The server frees it when a session ends, after its transaction's end, so holding it proves that no older
-session of this node does anything any more.
+session of this node does anything any more. mysql.py keeps a session for as long as the daemon lives.
 
 Invariants: a session that did not answer in time, or whose task was cancelled, is closed and never used again; no
 exception of the driver leaves this file: what the server refused is SqlFault, all else StoreError.
@@ -48,9 +48,9 @@ class Bounds:
     answer: float = 10.0
     # How long the server lets us wait for a lock; below `answer`, so that it tells and not we.
     lock: int = 5
-    # A session that is used by nobody ends after this, properly: servers log those that they had to end themselves.
+    # A session that is used by nobody is pinged after this, so that its lock stays ours.
     idle: float = 40.0
-    # When the server ends it; above `idle`.
+    # When the server ends a silent one, and gives the lock to who waits; above `idle`.
     server_wait: int = 60
 
 
@@ -119,9 +119,17 @@ class Session:
         ((taken,),) = await self.rows(f"SELECT GET_LOCK({lock}, {bounds.lock})")
         if taken != 1:
             raise StoreError(
-                f"{self._address}: connection {holder} writes for this node ({node}): an earlier process of ours that"
-                " is ending, or a daemon with a copy of state_dir; give each its own node.id"
+                f"{self._address}: {await self._holder(lock)} writes for this node ({node}): an earlier process of ours"
+                " that is ending, or a daemon with a copy of state_dir; give each its own node.id"
             )
+
+    async def _holder(self, lock: str) -> str:
+        """Who has the lock. Of another user's connection the server tells the number and not the host."""
+        ((holder,),) = await self.rows(f"SELECT IS_USED_LOCK({lock})")
+        if holder is None:
+            return "a connection that has just ended"
+        found = await self.rows(f"SELECT host FROM information_schema.processlist WHERE id = {holder:d}")  # noqa: S608
+        return f"connection {holder}" + "".join(f" from {host}" for (host,) in found)
 
     @property
     def max_bytes(self) -> int:

@@ -18,14 +18,16 @@ from proxyd.store.schema import Reader, Store, StoreError
 from proxyd.store.sqlite import SqliteReader, SqliteStore
 
 
-def make_store(sink: str, durability: str, *, password: Secret | None = None, node: str = "", log: Any = None) -> Store:
+def make_store(
+    sink: str, durability: str, *, password: Secret | None = None, node: str = "", log: Any = None, owner: Any = None
+) -> Store:
     """The writing side of the sink, not yet open. `password`: of `telemetry.password_file`; `node`: whose spool
-    positions these are, for a database that many nodes share.
+    positions these are, for a database that many nodes share; `owner`: its node.Owner.
 
     Raises StoreError for a URL that names no database we speak to.
     """
     if is_mysql(sink):
-        store: Store = _module("mysql").MysqlStore(mysql_address(sink, password), node, log)
+        store: Store = _module("mysql").MysqlStore(mysql_address(sink, password), node, log, owner=owner)
         return store
     return SqliteStore(sqlite_path(sink), durability)
 

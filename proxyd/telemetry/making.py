@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from proxyd.config.sink import is_mysql
-from proxyd.store.node import node_id
+from proxyd.store.node import Owner, node_id
 from proxyd.store.schema import Store, StoreError
 from proxyd.store.sink import make_store
 from proxyd.telemetry.segment import directory_bytes
@@ -44,5 +44,7 @@ def _make(config: Any, secrets: Any, log: SpoolLog) -> Store:
     sink = config.telemetry.sink
     password = None if secrets is None else secrets.telemetry_password
     # A file of ours alone needs no name for its only node.
-    node = node_id(config.server.state_dir) if is_mysql(sink) else ""
-    return make_store(sink, config.telemetry.durability, password=password, node=node, log=log)
+    if not is_mysql(sink):
+        return make_store(sink, config.telemetry.durability, log=log)
+    node, owner = node_id(config.server.state_dir), Owner(config.server.state_dir)
+    return make_store(sink, config.telemetry.durability, password=password, node=node, log=log, owner=owner)

@@ -15,6 +15,7 @@ from typing import Any
 from proxyd.store.mysql import Bounds, MysqlReader, MysqlStore
 from proxyd.store.mysql_address import MysqlAddress
 from proxyd.store.mysql_apply import apply
+from proxyd.store.node import Owner
 from proxyd.store.schema import Reader, Row, Store
 from proxyd.store.sqlite import SqliteReader, SqliteStore
 from tests.daemon.mariadb import Database
@@ -74,11 +75,16 @@ class House:
     database: Database | None = None
 
     def make(
-        self, node: str = NODE, bounds: Bounds = PATIENT, log: Log | None = None, port: int | None = None
+        self,
+        node: str = NODE,
+        bounds: Bounds = PATIENT,
+        log: Log | None = None,
+        port: int | None = None,
+        owner: Owner | None = None,
     ) -> Store:
         if self.database is None:
             return SqliteStore(self.path, "os")
-        return MysqlStore(self.address(port), node, log, bounds)
+        return MysqlStore(self.address(port), node, log, bounds, owner)
 
     def address(self, port: int | None = None) -> MysqlAddress:
         assert self.database is not None

@@ -10,7 +10,6 @@ from typing import Any
 import pymysql
 import pytest
 
-from proxyd.store.mysql_session import Bounds
 from proxyd.store.schema import Batch, Cursor, OpenTransaction, StoreError
 from tests.daemon.harness import wait_for
 from tests.daemon.mariadb import Database
@@ -247,29 +246,6 @@ async def test_a_cut_between_two_groups_goes_unnoticed(house: House, mariadb: Da
             assert await store.delete_older(0.0, 10) == 0
             await store.commit(group(3), never)
     assert house.stored() == expected([group(number) for number in range(4)])
-
-
-async def test_a_session_that_nobody_uses_rests_and_comes_back(house: House, mariadb: Database) -> None:
-    told = len(mariadb.server.log())
-    async with house.open(bounds=Bounds(idle=0.2)) as store:
-        await store.commit(group(0), never)
-        await until(lambda: sessions(mariadb) == 0)
-        await store.commit(group(1), never)
-        await until(lambda: sessions(mariadb) == 0)
-        assert await store.holds(row("1-1"))
-    assert "Aborted" not in mariadb.server.log()[told:]
-
-
-async def test_two_daemons_with_one_node_id_do_not_write_at_once(house: House) -> None:
-    async with house.open() as store:
-        twin = house.make(bounds=HASTY)
-        with pytest.raises(StoreError, match="copy of state_dir"):
-            await twin.open()
-        await store.commit(group(0), never)
-        await store.close()
-        await twin.open()
-        await twin.commit(group(1), never)
-        await twin.close()
 
 
 async def test_nodes_on_one_database_do_not_touch_each_others_streams(house: House, mariadb: Database) -> None:
