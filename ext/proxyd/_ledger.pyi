@@ -20,7 +20,7 @@ class Sums(NamedTuple):
     settled: int
 
 class Account:
-    """One user's row. `find` gives one that cannot `add`."""
+    """One user's row. Found without a slot it cannot `add`."""
 
     @property
     def user_id(self) -> int: ...
@@ -84,7 +84,8 @@ class Table:
     @property
     def overflow(self) -> int: ...
     def count_overflow(self) -> None: ...
-    def find(self, user_id: int) -> Account | None: ...
+    def find(self, user_id: int, slot: int = -1) -> Account | None:
+        """The user's row if it is there; it can `add` when its slot is named."""
     def reclaim(self, slot: int) -> int: ...
     def totals(self) -> tuple[int, int, int]:
         """(held, running, permits)."""

@@ -166,15 +166,17 @@ cdef class Table(Cells):
     def count_overflow(self):
         px_word_add(self.p + HEAD_OVERFLOW, 1)
 
-    def find(self, uint64_t user_id):
+    def find(self, uint64_t user_id, Py_ssize_t slot=-1):
         cdef Py_ssize_t i, at = <Py_ssize_t> (_mix(user_id) & <uint64_t> (self.index_words - 1))
         cdef uint64_t word
+        if slot < -1 or slot >= self.slots:
+            raise IndexError("ledger: no such slot")
         for i in range(self.probes):
             word = px_word_load(self.index + ((at + i) & (self.index_words - 1)))
             if not word:
                 return None
             if px_cell_get(self.user_row(<Py_ssize_t> word - 1) + USER_ID) == user_id:
-                return _account(self, <Py_ssize_t> word - 1, -1)
+                return _account(self, <Py_ssize_t> word - 1, slot)
         return None
 
     def reclaim(self, Py_ssize_t slot):

@@ -70,7 +70,8 @@ def run(
         return fail("proxyd", 1, error.strerror or str(error))
     try:
         region = Region.create(server.workers + 2, SYSTEM.wall())
-        ledger = Ledger.create(server.workers, permits=config.limits.most_streams)
+        # One slot more is the telemetry process's own.
+        ledger = Ledger.create(server.workers + 1, permits=config.limits.most_streams)
         questions = Channel.create(server.workers)
         _restore_revocations(config, region, log)
     except (RevocationFileError, OSError) as error:

@@ -5,7 +5,7 @@ the store: they are arguments, or numbers that others put here (ext _ledger, _li
 
     master: Ledger.create(slots) ... fork ... reclaim(slot) when a worker is reaped, before its successor is forked
     worker: ledger.at(slot, epoch) after the fork -> account(user_id), tenant(name)
-    telemetry: ledger.find(user_id)
+    telemetry: ledger.find(user_id, slot), with a slot behind the workers', which nobody reclaims
 
 Invariants: nothing here waits for another process, whatever state it died in. Rows are never freed: the memory that is
 in use grows with the users and tenants that were seen since the node started, not with the mapping.
@@ -57,7 +57,7 @@ class Ledger:
 
     @classmethod
     def create(cls, slots: int, *, permits: int = 0, users: int = USERS, tenants: int = TENANTS) -> Ledger:
-        """`slots` workers; `permits`: the largest concurrent_streams of any tenant. Fewer rows than asked for when
+        """`slots`: processes that spend; `permits`: the largest concurrent_streams of any tenant. Fewer rows than asked for when
         rows are very large. Errors: ValueError for counts out of range, OSError when there is no memory."""
         permits = min(max(permits, _PERMITS_LEAST), PERMITS_MAX)
         users = max(1, min(users, _PART_BYTES // (192 + 32 * slots)))
@@ -75,9 +75,9 @@ class Ledger:
         forking its successor: both write the same words."""
         return self._table.reclaim(slot)
 
-    def find(self, user_id: int) -> Account | None:
-        """The user's row if it was ever seen. Its `add` is not for use."""
-        return self._table.find(user_id)
+    def find(self, user_id: int, slot: int = -1) -> Account | None:
+        """The user's row if it was ever seen. Its `add` is for the one process that writes `slot`; without: for none."""
+        return self._table.find(user_id, slot)
 
     def totals(self) -> Totals:
         """A walk over the rows in use: for status and tests. Each number is right by itself."""

@@ -3,8 +3,9 @@
 Owns: the series of stored rows and their lag. Must not know: when or how a group is committed.
 
 Which rows are in the ledger's `stored`: the finals that a worker of this node's life wrote, for it settled them too.
-Not so the rows of a dead worker's requests, which nobody settled, what was accepted before the node's start and settled
-in another ledger, rows that were set aside, and those that were re-queued later.
+The rows of a dead worker's requests were settled by nobody: they are now, and count as stored, too. Not in `stored` are
+what was accepted before the node's start and settled in another ledger, rows that were set aside, and those that were
+re-queued later.
 """
 
 from __future__ import annotations
@@ -81,3 +82,6 @@ class Committed:
                 for row, accepted_at in zip(group.batch.rows, group.accepted_at, strict=False)
                 if accepted_at >= self._started_at and id(row) not in aside
             )
+            first = len(group.accepted_at)
+            interrupted = group.batch.rows[first : first + len(group.interrupted)]
+            self._desk.count_interrupted(row for row in interrupted if id(row) not in aside)

@@ -10,7 +10,8 @@ What is written. S is the store's sum, `stored` the ledger's count of this node'
 that of tokens that workers have counted as spent. No commit is in flight while S is read, so a row of this node is in S
 if and only if it is in `stored` (older rows are in S alone), and base = S - stored stays true while rows flow: from
 then on base + settled is what was spent, on every worker, without asking again. It is exact for the rows of this node;
-rows of others, and those that leave the window, come with the next reading.
+rows of others, and those that leave the window, come with the next reading. A dead worker's rows were settled by nobody:
+the desk settles them in a slot of its own, in the turn in which it counts them as stored.
 
 Heal. A kill between two instructions may leave `stored` and `settled` apart for good. When nothing waits to be stored,
 and the user has nothing under way and has settled nothing for QUIET_S, they must be equal, and are made so.
@@ -58,7 +59,7 @@ _Key = tuple[int, bool, int | None]
 class Accounts(Protocol):
     """What we need of shm.ledger.Ledger."""
 
-    def find(self, user_id: int) -> Any: ...
+    def find(self, user_id: int, slot: int = -1) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class _Entry:
 
 
 class Desk:
-    """One a telemetry process. `ends`: its ends of the channel, by slot."""
+    """One a telemetry process. `ends`: its ends of the channel, by slot. The ledger's slot behind them is its own."""
 
     __slots__ = ("_accounts", "_ceiling", "_clock", "_ends", "_is_closed", "_loop", "_queue", "_wake", "is_failing")
 
@@ -138,12 +139,18 @@ class Desk:
 
     def count_stored(self, rows: Iterable[Row]) -> None:
         """These rows of this node are committed: what they cost is in the store's sums from now on."""
-        tokens: dict[int, int] = {}
-        for row in rows:
-            tokens[row.user_id] = tokens.get(row.user_id, 0) + row.prompt_tokens + row.completion_tokens
-        for user_id, count in tokens.items():
+        for user_id, count in _sums(rows).items():
             account = self._accounts.find(user_id)
             if account is not None:
+                account.add_stored(count)
+
+    def count_interrupted(self, rows: Iterable[Row]) -> None:
+        """These rows are committed, and those who were to settle them are dead: they are settled here, so that they
+        count at once. Settled first: killed between the two, what is spent is too much until it is healed."""
+        for user_id, count in _sums(rows).items():
+            account = self._accounts.find(user_id, len(self._ends))
+            if account is not None:
+                account.add(settled=count, at_ms=int(self._clock.monotonic() * 1000))
                 account.add_stored(count)
 
     async def serve(self, store: Store, is_quiet: bool) -> None:
@@ -243,3 +250,11 @@ class Desk:
                 self._ends[slot].send(pack_answer(number, ok))
             except OSError:  # a worker that reads no answers has none to wait for
                 continue
+
+
+def _sums(rows: Iterable[Row]) -> dict[int, int]:
+    """What each user's rows cost."""
+    tokens: dict[int, int] = {}
+    for row in rows:
+        tokens[row.user_id] = tokens.get(row.user_id, 0) + row.prompt_tokens + row.completion_tokens
+    return tokens

@@ -39,7 +39,7 @@ class Node:
     def __init__(self, state_dir: Path) -> None:
         self.state_dir, self.log = state_dir, state_dir / "log"
         ensure_spool_dir(state_dir)
-        self.ledger = Ledger.create(SLOTS + 1, users=1024, tenants=4)
+        self.ledger = Ledger.create(SLOTS + 2, users=1024, tenants=4)
         self.channel = Channel.create(SLOTS + 1)
         self.region = Region.create(SLOTS + 2, SYSTEM.wall())
         self.beat = Beat(self.region, SLOTS + 1)

@@ -61,6 +61,20 @@ def test_a_found_account_has_no_slot_to_add_to() -> None:
         found.add(held=1)
 
 
+def test_an_account_found_with_a_slot_adds_to_that_one() -> None:
+    ledger = small(slots=2)
+    mine = ledger.at(0, 1).account(7)
+    found = ledger.find(7, 1)
+    assert found is not None
+    found.add(held=3, settled=20)
+    mine.add(held=4, settled=5)
+    ledger.reclaim(1)
+    assert mine.sums() == Sums(4, 0, 25)
+    for slot in (-2, 2):
+        with pytest.raises(IndexError):
+            ledger.find(7, slot)
+
+
 def test_without_a_time_a_settle_takes_the_clock_s() -> None:
     account = small().at(0, 1).account(7)
     account.add(settled=1)

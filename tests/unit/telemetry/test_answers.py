@@ -19,6 +19,7 @@ from proxyd.store.schema import Batch, Row, SetAside, StoreError
 from proxyd.store.sqlite import SqliteStore
 from proxyd.telemetry.desk import Ceiling, Desk
 from proxyd.telemetry.questions import Channel, Question, pack_question, unpack_answer
+from proxyd.telemetry.record import Checkpoint
 from proxyd.telemetry.spool import SpoolWriter
 from proxyd.telemetry.writer import Settings, Writer
 from tests.unit.telemetry.world import Meters, World, final, intent
@@ -50,13 +51,13 @@ class Node:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.ledger = Ledger.create(SLOTS, users=256, tenants=4)
+        self.ledger = Ledger.create(SLOTS + 1, users=256, tenants=4)
         self.slots = [self.ledger.at(slot, 1) for slot in range(SLOTS)]
         self.spools = [world.writer("os") for _ in range(SLOTS)]
         self.settled: Counter[int] = Counter()
         self.foreign: Counter[int] = Counter()  # of others, committed
         self.known: dict[int, int] = {}  # of others, at the last reading
-        self.number = 0
+        self.number = self.deaths = 0
         self.started_at = world.clock.wall()
         self.born()
 
@@ -99,6 +100,25 @@ class Node:
             account.add(settled=tokens, at_ms=now_ms)
         self.settled[user] += tokens
 
+    def dies(self, slot: int, user: int, tokens: int) -> None:
+        """A worker is killed with a request under way, and has a successor."""
+        spool = self.spools[slot]
+        txn = spool.new_txn()
+        spool.intent(intent(txn, user_id=user, created_at=self.world.clock.wall()))
+        spool.checkpoint(Checkpoint(txn, 0, tokens, duration_ms=1))
+        spool.flush()
+        self.slots[slot].account(user).add(held=tokens, running=tokens)
+        self.world.die(spool)
+        self.ledger.reclaim(slot)
+        self.deaths += 1
+        self.slots[slot], self.spools[slot] = self.ledger.at(slot, 1 + self.deaths), self.world.writer("os")
+
+    def interrupted(self, user: int) -> int:
+        return self.world.query(
+            "SELECT COALESCE(SUM(prompt_tokens + completion_tokens), 0) FROM sys_ai_transactions"
+            f" WHERE status = 'interrupted' AND user_id = {user}"
+        )[0][0]
+
     async def ask(self, slot: int, user: int) -> None:
         self.slots[slot].account(user)
         self.number += 1
@@ -117,13 +137,15 @@ class Node:
             window, token = account.window, account.token(1000)
             assert window is not None
             assert token is not None
-            assert window.base + account.settled == foreign + self.settled[user]
-            assert token.base + account.settled == foreign + self.settled[user]
+            spent = foreign + self.settled[user] + self.interrupted(user)
+            assert window.base + account.settled == spent
+            assert token.base + account.settled == spent
 
 
 slots, users, tokens = st.integers(0, SLOTS - 1), st.sampled_from(USERS), st.integers(1, 100)
 moves = st.one_of(
     st.tuples(st.just("row"), slots, users, tokens, st.booleans()),
+    st.tuples(st.just("dies"), slots, users, tokens),
     st.tuples(st.just("flush"), slots),
     st.tuples(st.just("step")),
     st.tuples(st.just("ask"), slots, users),
@@ -163,6 +185,8 @@ async def _play(world: World, script: list[tuple], has_past: bool) -> None:
         if name == "row":
             slot, user, count, is_first = arguments
             node.row(slot, user, count, is_first=is_first)
+        elif name == "dies":
+            node.dies(*arguments)
         elif name == "flush":
             node.spools[arguments[0]].flush()
         elif name == "step":
@@ -190,7 +214,9 @@ async def _play(world: World, script: list[tuple], has_past: bool) -> None:
         pass
     for user in USERS:
         await node.ask(0, user)
-        assert await node.store.window_sum(user, 0.0) == node.settled[user] + node.foreign[user]
+        assert await node.store.window_sum(user, 0.0) == (
+            node.settled[user] + node.foreign[user] + node.interrupted(user)
+        )
     node.check()
     await node.die()
 
@@ -205,7 +231,7 @@ class Serving:
     def __init__(self, world: World, store: Gated, linger_s: float = 0.0) -> None:
         self.world, self.store = world, store
         world.clock = SYSTEM  # type: ignore[assignment]
-        self.ledger = Ledger.create(1, users=64, tenants=4)
+        self.ledger = Ledger.create(2, users=64, tenants=4)
         self.account = self.ledger.at(0, 1).account(42)
         self.channel = Channel.create(1)
         self.spool: SpoolWriter = world.writer("os")
@@ -315,6 +341,8 @@ async def test_rows_that_are_set_aside_stay_spent_though_they_are_not_in_the_sto
     store.gate.set()
     serving = Serving(world, store)
     serving.account.add(settled=7)
+    await serving.begin()
+    world.refuse_user(2**63)
     poison = serving.ledger.at(0, 1).account(2**63)
     poison.add(settled=5)
     serving.spool.final(final(1, user_id=2**63, prompt_tokens=0, completion_tokens=5))

@@ -11,7 +11,7 @@ import pytest
 
 from proxyd.clock import FakeClock
 from proxyd.shm.ledger import Ledger
-from proxyd.store.schema import StoreError
+from proxyd.store.schema import Row, StoreError
 from proxyd.telemetry import desk as desk_module
 from proxyd.telemetry.desk import Ceiling, Desk
 from proxyd.telemetry.questions import Question, pack_question, unpack_answer
@@ -94,7 +94,7 @@ class House:
 
     def __init__(self, *rows: tuple[int, float, int], ceiling: int = 0) -> None:
         self.clock = FakeClock()
-        self.ledger = Ledger.create(2, users=256, tenants=4)
+        self.ledger = Ledger.create(3, users=256, tenants=4)
         self.account = self.ledger.at(0, 1).account(7)
         self.other = self.ledger.at(1, 1).account(7)
         self.ends = [End(100), End(101)]
@@ -255,6 +255,25 @@ async def test_a_quiet_users_drift_is_healed(is_quiet: bool, held: int, ago_s: f
     await house.serve(is_quiet)
     assert house.account.window is not None
     assert house.account.window.base + house.account.settled == (100 if healed else 130)
+
+
+async def test_a_dead_workers_rows_count_at_once_and_the_next_reading_changes_nothing() -> None:
+    house = House((7, 1000.0, 100))
+    house.ask(1)
+    await house.serve()
+    row = Row(7, 1, 30, 50, 1500.0, "acme", "r1", "interrupted", 0, 0, 0, "openai", 1, 3, 4)
+    stranger = row._replace(user_id=8)
+    for _ in range(2):
+        house.store.rows.append((7, 1500.0, 80))
+        house.desk.count_interrupted(iter([row, stranger]))
+    for _ in range(2):
+        assert house.account.window is not None
+        assert house.account.window.base + house.account.settled == 260
+        assert (house.account.stored, house.account.settled) == (160, 160)
+        house.ledger.reclaim(2)  # its own death takes nothing away
+        house.ask(2)
+        await house.serve()
+    assert house.ledger.find(8) is None
 
 
 async def test_the_moment_is_told_when_a_full_window_has_room_again() -> None:
