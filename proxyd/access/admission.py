@@ -14,7 +14,8 @@ processes, who reads the store, HTTP, prompts.
 A refused request consumes nothing: what was taken before the refusal is given back at once. Nothing here waits: where
 the store must be read first, NeedsReading says what, the caller waits and asks once more with may_wait=False, and then
 is decided on what is known. A request reserves its prompt's estimate and the completion to expect: the user's average,
-FIRST_COMPLETION before there is one, never more than the request's own max_tokens.
+FIRST_COMPLETION before there is one, never more than the request's own max_tokens, and in the tenant's minute a
+sixteenth of the limit at most.
 
 A model that is not configured is a 404 and not this room's question: ask it first.
 """
@@ -41,6 +42,12 @@ __all__ = ["Admission", "NeedsReading", "Ticket", "TicketState"]
 # Completion tokens to expect of a user who has none behind him yet. Half lets more of a new user's requests start side
 # by side than a small quota pays for; twice refuses the second of two short ones.
 FIRST_COMPLETION = 256
+# What an answer is expected to have, however few tokens the request allows: a JSON answer is never cut, and an upstream
+# may not heed it. Half lets twice as many requests begin on their word; twice makes a classifier's one token cost 32.
+LEAST_COMPLETION = 16
+# No completion to expect is more than this part of a tenant's minute. Half lets half as many short requests begin side
+# by side after a long answer; twice lets a minute be overshot by twice as many long answers.
+PARTS_OF_A_MINUTE = 16
 # What a client that finds all permits taken waits when nobody has given one back yet.
 UNKNOWN_WAIT_S = 10
 # Sessions whose first sight is remembered here: a user's older ones, while the store cannot be read; 100 bytes each.
@@ -163,7 +170,8 @@ class Admission:
             raise _too_fast("requests", "This tenant may make no more requests in this minute.", wait_ms)
         minute: Minute | None = None
         if counts and rules.tokens:
-            booked = max(1, prompt_tokens + _expected(self._average(account, tenant, prompt_tokens), max_tokens))
+            expected = _expected(self._average(account, tenant, prompt_tokens), max_tokens)
+            booked = max(1, prompt_tokens + min(expected, max(1, rules.tokens // PARTS_OF_A_MINUTE)))
             if not tenant.tokens.try_add(booked, rules.tokens, now_ms):
                 if permit >= 0:
                     tenant.release(permit)
@@ -171,7 +179,7 @@ class Admission:
                     tenant.requests.add(-1, now_ms)
                 wait_ms = tenant.tokens.wait_ms(booked, rules.tokens, now_ms)
                 raise _too_fast("tokens", "This tenant has used its tokens of this minute.", wait_ms)
-            minute = Minute(tenant, booked, now_ms)
+            minute = Minute(tenant, booked, now_ms, rules.tokens)
         return Ticket(
             self,
             session,
@@ -266,9 +274,11 @@ def _iat(session: Session) -> int | None:
 
 
 def _expected(average: int | None, max_tokens: int | None) -> int:
-    """The completion to set aside for a request."""
+    """The completion to set aside for a request; `max_tokens` 0: there is none."""
+    if max_tokens == 0:
+        return 0
     expected = FIRST_COMPLETION if average is None else average
-    return expected if max_tokens is None else min(expected, max_tokens)
+    return expected if max_tokens is None else min(expected, max(LEAST_COMPLETION, max_tokens))
 
 
 def _too_many(tenant: Tenant, limit: int, now: float) -> Refusal:

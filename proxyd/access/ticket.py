@@ -25,6 +25,10 @@ from proxyd.shm.ledger import Account, Tenant
 
 __all__ = ["Minute", "Ticket", "TicketState"]
 
+# What an average learns of one answer at most: none that is one is longer, and a provider that tells 2^32 once would
+# keep its user away for the next hundred.
+MOST_LEARNT = 1 << 20
+
 
 class Issuer(Protocol):
     """What a ticket asks of the admission that gave it."""
@@ -42,12 +46,13 @@ class TicketState(Enum):
 
 
 class Minute:
-    """What one ticket has booked in its tenant's sliding minute."""
+    """What one ticket has booked in its tenant's sliding minute, which has `limit` tokens."""
 
-    __slots__ = ("_at_ms", "_grown", "_grown_at_ms", "_reserved", "_tenant")
+    __slots__ = ("_at_ms", "_grown", "_grown_at_ms", "_limit", "_reserved", "_tenant")
 
-    def __init__(self, tenant: Tenant, reserved: int, at_ms: int) -> None:
+    def __init__(self, tenant: Tenant, reserved: int, at_ms: int, limit: int) -> None:
         self._tenant = tenant
+        self._limit = limit
         self._reserved, self._at_ms = reserved, at_ms
         self._grown, self._grown_at_ms = 0, at_ms
 
@@ -66,6 +71,10 @@ class Minute:
             self._tenant.tokens.add(-from_growth, self._grown_at_ms)
         if tokens < self._reserved:
             self._tenant.tokens.add(tokens - self._reserved, self._at_ms)
+
+    def learn(self, tokens: int) -> None:
+        """What a request usually costs; one that was larger than the minute says no more than that it was."""
+        self._tenant.learn_tokens(min(tokens, self._limit, MOST_LEARNT))
 
 
 class Ticket:
@@ -145,9 +154,9 @@ class Ticket:
             return
         self._end(TicketState.SETTLED, tokens)
         if self._account is not None:
-            self._account.learn_completion(max(0, tokens - self._prompt))
-        if self._minute is not None and self._tenant is not None:
-            self._tenant.learn_tokens(tokens)
+            self._account.learn_completion(min(max(0, tokens - self._prompt), MOST_LEARNT))
+        if self._minute is not None:
+            self._minute.learn(tokens)
 
     def refund(self) -> None:
         """The request ended without costing anything."""

@@ -95,7 +95,7 @@ def test_mode_off_has_no_quota() -> None:
 
 @pytest.mark.parametrize(
     "prompt, most, held",
-    [(10, None, 10 + FIRST_COMPLETION), (10, 7, 17), (10, 0, 10), (0, 10**6, FIRST_COMPLETION)],
+    [(10, None, 10 + FIRST_COMPLETION), (10, 20, 30), (10, 7, 26), (10, 0, 10), (0, 10**6, FIRST_COMPLETION)],
 )
 def test_a_reservation_is_the_prompt_and_the_completion_to_expect(prompt: int, most: int | None, held: int) -> None:
     here = world()

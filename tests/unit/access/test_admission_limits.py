@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from proxyd.access.admission import FIRST_COMPLETION, Ticket, TicketState
+from proxyd.access.admission import PARTS_OF_A_MINUTE, Ticket, TicketState
 from proxyd.access.session import OFF_SESSION
+from proxyd.access.ticket import MOST_LEARNT
 from proxyd.errors import Refusal
-from tests.unit.access.ledger_world import headers_of, refusal_of, session, world
+from tests.unit.access.ledger_world import World, headers_of, refusal_of, session, spend, world
 
 # -- concurrency -------------------------------------------------------------------------------------------------------
 
@@ -74,14 +75,14 @@ def test_tokens_of_a_minute_are_reserved_and_set_right_at_the_end() -> None:
     here = world({"tokens_per_minute": 1000})
     ticket = here.first.admit(session(None), "m", prompt_tokens=100, max_tokens=800)
     minute = here.first._ledger.tenant("default").tokens
-    assert minute.total(here.now_ms) == 100 + FIRST_COMPLETION
+    assert minute.total(here.now_ms) == 100 + 1000 // PARTS_OF_A_MINUTE
     here.clock.advance(10)
     ticket.progress(500)
     assert minute.total(here.now_ms) == 500
     ticket.settle(450)
     assert minute.total(here.now_ms) == 450
     here.clock.advance(50.5)
-    assert minute.total(here.now_ms) == 94
+    assert minute.total(here.now_ms) == 288
     here.clock.advance(10)
     assert minute.total(here.now_ms) == 0
 
@@ -138,6 +139,75 @@ def test_a_new_user_is_expected_to_ask_like_his_tenant_s_others() -> None:
     assert minute.total(here.now_ms) == 40 + 40 + 100
 
 
+def admitted(here: World, count: int, user_id: int = 42) -> list[Ticket]:
+    """Of `count` short requests at one instant, those that were let in."""
+    found = []
+    for number in range(count):
+        try:
+            asker = session(None, user_id=user_id)
+            found.append([here.first, here.second][number % 2].admit(asker, "m", prompt_tokens=6))
+        except Refusal:
+            pass
+    return found
+
+
+def test_short_requests_side_by_side_fit_in_a_minute_that_has_room_for_them() -> None:
+    here = world({"tokens_per_minute": 2000})
+    for ticket in admitted(here, 10):
+        ticket.settle(16)
+    assert here.first._ledger.tenant("default").tokens.total(here.now_ms) == 160
+
+
+@pytest.mark.parametrize("limit, cost", [(2000, 1500), (2000, 4 * 10**9), (10**6, 4 * 10**9)])
+@pytest.mark.parametrize("user_id", [42, 43])
+def test_one_long_answer_does_not_keep_the_next_minute_s_short_ones_away(limit: int, cost: int, user_id: int) -> None:
+    here = world({"tokens_per_minute": limit})
+    spend(here.first, session(None), cost, prompt_tokens=6)
+    assert refusal_of(here.second, session(None), prompt_tokens=2000).reason == "tokens"
+    here.clock.advance(60.5)
+    tickets = admitted(here, 10, user_id)
+    assert len(tickets) == 10
+    for ticket in tickets:
+        ticket.settle(16)
+    for _ in range(10):
+        assert [ticket.settle(16) for ticket in admitted(here, 1, user_id)]
+    assert here.first._ledger.tenant("default").tokens.total(here.now_ms) == 20 * 16
+
+
+def test_requests_that_begin_together_overshoot_a_minute_by_sixteen_answers_at_most() -> None:
+    here = world({"tokens_per_minute": 1000})
+    for _ in range(2):
+        tickets = admitted(here, 100)
+        assert 14 <= len(tickets) <= 16
+        for ticket in tickets:
+            ticket.settle(106)
+        assert admitted(here, 1) == []
+        here.clock.advance(60.5)
+
+
+def test_a_refusal_for_tokens_names_the_moment_at_which_what_is_set_aside_fits() -> None:
+    here = world({"tokens_per_minute": 1600})
+    spend(here.first, session(None), 1500)
+    here.clock.advance(30)
+    spend(here.first, session(None), 90)
+    refusal = refusal_of(here.second, session(None), prompt_tokens=100)
+    wait_s = int(headers_of(refusal)["retry-after"])
+    assert 30 <= wait_s <= 31
+    here.clock.advance(wait_s)
+    assert here.second.admit(session(None), "m", prompt_tokens=100)
+
+
+def test_no_answer_teaches_more_than_any_can_have() -> None:
+    here = world({"tokens_per_minute": 10**9})
+    spend(here.first, session(10**12), 2**32)
+    assert here.account().average_completion == MOST_LEARNT
+    assert here.first._ledger.tenant("default").average_tokens == MOST_LEARNT
+    here.clock.advance(61)
+    for _ in range(100):
+        spend(here.second, session(10**12), 16)
+    assert (here.account().average_completion or 0) < 32
+
+
 # -- all together ------------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +250,7 @@ def test_what_costs_no_tokens_counts_as_a_request_only() -> None:
          "concurrency_limit_exceeded"),
         ({"concurrent_streams": 9, "requests_per_minute": 1, "tokens_per_minute": 10_000}, 10**6,
          "rate_limit_exceeded"),
-        ({"concurrent_streams": 9, "requests_per_minute": 9, "tokens_per_minute": 300}, 10**6, "rate_limit_exceeded"),
+        ({"concurrent_streams": 9, "requests_per_minute": 9, "tokens_per_minute": 11}, 10**6, "rate_limit_exceeded"),
         ({"concurrent_streams": 9, "requests_per_minute": 9, "tokens_per_minute": 10_000}, 100, "quota_exceeded"),
     ],
 )  # fmt: skip
