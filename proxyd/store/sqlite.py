@@ -3,7 +3,14 @@
 Owns: the connection, its pragmas, the schema's creation and check, SQL in SQLite's dialect. Must not know: spool
 files, metrics.
 Invariants: a `Batch` is one IMMEDIATE transaction; the file is created with mode 0600; nothing here blocks an event
-loop (each call runs in the store's own thread, at most `BUSY_TIMEOUT_S` longer than the disk takes).
+loop (each call runs in the store's own thread, at most `BUSY_TIMEOUT_S` longer than the disk takes); what was committed
+is in the file that the path names.
+
+A file that was removed, renamed or replaced under us is still open, and would take rows that nobody ever sees. So each
+call first looks whether the path still names it, and a commit looks again behind itself; if not, that is a StoreError,
+and the next `open` takes or makes the file that is at the path now. The old one gets all that its WAL holds.
+
+User ids are unsigned, SQLite's integers are signed: an id from 2^63 on is stored as itself - 2^64.
 
 Durability: spool segments are removed once their rows are committed here, so the store must never be weaker than the
 spool.
@@ -16,6 +23,7 @@ Source: sqlite.org/wal.html, sqlite.org/pragma.html#pragma_synchronous (read for
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -49,7 +57,7 @@ _SYNCHRONOUS = {"row": "FULL", "second": "FULL", "os": "NORMAL"}
 APPLICATION_ID = 0x70786400
 # S608: the names are constants of this package; values are always parameters.
 _INSERT = f"INSERT INTO sys_ai_transactions ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
-_LARGEST = 2**63 - 1  # SQLite's integers; a row of a user above it is refused, so there is none
+_FILES = ("", "-wal", "-shm")  # what we have open for as long as the connection is
 _CREATED_AT = COLUMNS.index("created_at")
 # From idx_sys_ai_user_window alone, and in its order, so that LIMIT ends the reading.
 _SPENDS = (
@@ -61,19 +69,52 @@ _ROW_FAULTS = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError
 
 
 def _values(row: Row) -> tuple[Any, ...]:
-    """The row as SQLite takes it: the time as UTC text."""
-    return (*row[:_CREATED_AT], utc_text(row.created_at), *row[_CREATED_AT + 1 :])
+    """The row as SQLite takes it: the user signed, the time as UTC text."""
+    return (_signed(row.user_id), *row[1:_CREATED_AT], utc_text(row.created_at), *row[_CREATED_AT + 1 :])
+
+
+def _signed(user_id: int) -> int:
+    """The user's id as it is stored. Raises OverflowError for what would be taken for another user's."""
+    if not 0 <= user_id < 2**64:
+        raise OverflowError(f"user id {user_id} is no unsigned integer of 64 bits")
+    return user_id if user_id < 2**63 else user_id - 2**64
+
+
+def _parameter(value: Any) -> Any:
+    """Nothing but a user's id is ever that large."""
+    return _signed(value) if isinstance(value, int) and value >= 2**63 else value
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file the path names now; None when it names none."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _sync_directory(path: Path) -> None:
+    """Puts the names in it on disk. A directory that we may write and not read cannot be opened for it."""
+    with contextlib.suppress(PermissionError):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 class SqliteStore:
     """The writing side; implements `schema.Store`. One task uses it at a time."""
 
-    __slots__ = ("_connection", "_path", "_synchronous", "_thread")
+    __slots__ = ("_connection", "_identity", "_is_closed", "_path", "_synchronous", "_thread")
 
     def __init__(self, path: Path, durability: str) -> None:
         self._path = path
         self._synchronous = _SYNCHRONOUS[durability]
         self._connection: sqlite3.Connection | None = None
+        self._identity: list[tuple[int, int] | None] = []  # of _FILES
+        self._is_closed = False
         self._thread = ThreadPoolExecutor(1, "store")
 
     async def open(self) -> None:
@@ -100,12 +141,23 @@ class SqliteStore:
     async def delete_older(self, cutoff: float, limit: int) -> int:
         return await self._run(lambda: self._delete_older(cutoff, limit))
 
+    async def newest(self) -> float | None:
+        return await self._run(self._newest)
+
     async def close(self) -> None:
-        await self._run(self._close)
-        self._thread.shutdown(wait=False)
+        if self._is_closed:
+            return
+        try:
+            await self._run(self._close)
+        finally:
+            self._is_closed = True
+            self._thread.shutdown(wait=False)
 
     async def _run(self, work: Callable[[], T]) -> T:
         """Runs in the store's thread; every driver error becomes a StoreError that names the file."""
+
+        if self._is_closed:
+            raise StoreError(f"{self._path}: closed")
 
         def guarded() -> T:
             try:
@@ -126,6 +178,7 @@ class SqliteStore:
             )
         # Created by us first, so that the mode does not depend on the umask; WAL and shm files copy it.
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        made = _identity(self._path)
         connection = sqlite3.connect(
             self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=32
         )
@@ -133,15 +186,31 @@ class SqliteStore:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA synchronous = {self._synchronous}")
             _ensure_schema(connection, self._path)
+            # A new file is on disk only with its name; rows in it let go of the spool.
+            _sync_directory(self._path.parent)
+            identity = [_identity(Path(f"{self._path}{suffix}")) for suffix in _FILES]
+            if identity[0] != made:
+                raise StoreError(f"{self._path} was replaced while it was opened")
         except BaseException:
             connection.close()
             raise
-        self._connection = connection
+        self._connection, self._identity = connection, identity
 
     def _live(self) -> sqlite3.Connection:
         if self._connection is None:
             raise StoreError(f"{self._path}: not open")
+        self._check_place()
         return self._connection
+
+    def _check_place(self) -> None:
+        """Raises StoreError when the path no longer names what is open."""
+        for suffix, known in zip(_FILES, self._identity, strict=True):
+            path = Path(f"{self._path}{suffix}")
+            if _identity(path) != known:
+                raise StoreError(
+                    f"{path} was removed or replaced while in use; rows go to the file that is there now,"
+                    " those stored before are in the old one only"
+                )
 
     def _cursors(self) -> dict[str, Cursor]:
         found = self._live().execute("SELECT stream, segment, position, finished FROM sys_ai_spool_offsets")
@@ -170,24 +239,21 @@ class SqliteStore:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+        self._check_place()
         return len(refused)
 
     def _holds(self, row: Row) -> bool:
         found = self._live().execute(
             "SELECT 1 FROM sys_ai_transactions WHERE user_id = ? AND created_at = ? AND request_id = ? LIMIT 1",
-            (row.user_id, utc_text(row.created_at), row.request_id),
+            (_signed(row.user_id), utc_text(row.created_at), row.request_id),
         )
         return found.fetchone() is not None
 
     def _window_sum(self, user_id: int, since: float) -> int:
-        if user_id > _LARGEST:
-            return 0
-        return int(self._live().execute(WINDOW_SUM, (user_id, utc_text(since))).fetchone()[0] or 0)
+        return int(self._live().execute(WINDOW_SUM, (_signed(user_id), utc_text(since))).fetchone()[0] or 0)
 
     def _spends(self, user_id: int, since: float, limit: int) -> list[tuple[float, int]]:
-        if user_id > _LARGEST:
-            return []
-        found = self._live().execute(_SPENDS, (user_id, utc_text(since), limit))
+        found = self._live().execute(_SPENDS, (_signed(user_id), utc_text(since), limit))
         return [(float(second), int(tokens)) for second, tokens in found]
 
     def _delete_older(self, cutoff: float, limit: int) -> int:
@@ -201,10 +267,27 @@ class SqliteStore:
             .rowcount
         )
 
+    def _newest(self) -> float | None:
+        found = self._live().execute("SELECT CAST(strftime('%s', MAX(created_at)) AS INTEGER) FROM sys_ai_transactions")
+        (second,) = found.fetchone()
+        return None if second is None else float(second)
+
     def _close(self) -> None:
         connection, self._connection = self._connection, None
-        if connection is not None:
+        if connection is None:
+            return
+        if _identity(self._path) == self._identity[0]:
             connection.close()
+            return
+        # Moved away: its WAL is merged into it here, or the file of that name at the path would be taken for the next
+        # file's WAL, and what it holds be lost to this one.
+        with contextlib.suppress(sqlite3.Error):
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.close()
+        for suffix, known in zip(_FILES[1:], self._identity[1:], strict=True):
+            path = Path(f"{self._path}{suffix}")
+            if known is not None and _identity(path) == known:
+                path.unlink(missing_ok=True)
 
 
 class SqliteReader:
@@ -227,8 +310,8 @@ class SqliteReader:
 
     def fetch(self, sql: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         try:
-            return self._connection.execute(sql, params).fetchall()
-        except sqlite3.Error as error:
+            return self._connection.execute(sql, [_parameter(value) for value in params]).fetchall()
+        except (sqlite3.Error, OverflowError) as error:
             raise StoreError(f"{self._path}: {error}") from error
 
     def timestamp(self, seconds: float) -> str:

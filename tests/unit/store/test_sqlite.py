@@ -122,7 +122,7 @@ def test_a_refused_row_is_set_aside_before_the_rest_is_committed(path: Path) -> 
     refused: list[Any] = []
 
     async def commit(store: SqliteStore) -> int:
-        batch = Batch(rows=[row(request_id="a"), row(user=2**63, request_id="b"), row(request_id="c")])
+        batch = Batch(rows=[row(request_id="a"), row(user=2**64, request_id="b"), row(request_id="c")])
         return await store.commit(batch, refused.extend)
 
     assert with_store(path, commit) == 1
@@ -135,7 +135,7 @@ def test_a_row_that_cannot_be_set_aside_undoes_the_batch(path: Path) -> None:
         raise OSError("no space")
 
     async def commit(store: SqliteStore) -> int:
-        return await store.commit(Batch(rows=[row(), row(user=2**63)]), full)
+        return await store.commit(Batch(rows=[row(), row(user=2**64)]), full)
 
     with pytest.raises(StoreError, match="no space"):
         with_store(path, commit)

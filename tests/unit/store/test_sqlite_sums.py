@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from proxyd.store.queries import WINDOW_SUM
+from proxyd.store.queries import WINDOW_SUM, Asked, total, usage, user_totals, window_tokens
 from proxyd.store.schema import Batch, Row, StoreError
-from proxyd.store.sqlite import _SPENDS, SqliteStore
+from proxyd.store.sqlite import _SPENDS, SqliteReader, SqliteStore
 
 NOW = 1_700_000_000
 
@@ -53,10 +53,31 @@ def test_spends_are_seconds_oldest_first_and_no_more_than_asked_for(path: Path) 
     assert all(type(second) is float for second, _ in found)
 
 
-def test_a_user_without_rows_and_one_whom_sqlite_cannot_even_name_have_spent_nothing(path: Path) -> None:
+def test_a_user_without_rows_has_spent_nothing(path: Path) -> None:
     for user in (9, 2**63, 2**64 - 1):
         assert asked(path, ROWS, lambda store, user=user: store.window_sum(user, 0.0)) == 0
         assert asked(path, ROWS, lambda store, user=user: store.spends(user, 0.0, 5)) == []
+
+
+@pytest.mark.parametrize("user", [2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1])
+def test_a_user_of_any_64_bits_is_billed_and_nobody_else_for_it(path: Path, user: int) -> None:
+    rows = [row(one, NOW, 10 + one % 7) for one in (0, 1, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1)]
+    spent = 11 + user % 7
+
+    async def ask(store: SqliteStore) -> tuple[int, list[tuple[float, int]], bool]:
+        (mine,) = [one for one in rows if one.user_id == user]
+        return await store.window_sum(user, 0), await store.spends(user, 0, 5), await store.holds(mine)
+
+    assert asked(path, rows, ask) == (spent, [(float(NOW), spent)], True)
+    reader = SqliteReader(path)
+    assert window_tokens(reader, user, 0) == user_totals(reader, user, 0).total_tokens == spent
+    assert total(usage(reader, Asked(0, user))).total_tokens == spent
+    assert reader.fetch("SELECT COUNT(*) FROM sys_ai_transactions WHERE printf('%u', user_id) = ?", (str(user),)) == [
+        (1,)
+    ]
+    with pytest.raises(StoreError, match="64 bits"):
+        reader.fetch("SELECT ?", (2**64,))
+    reader.close()
 
 
 def test_both_run_from_the_index_alone_and_in_its_order(path: Path) -> None:

@@ -342,6 +342,8 @@ async def test_rows_that_are_set_aside_stay_spent_though_they_are_not_in_the_sto
     serving = Serving(world, store)
     serving.account.add(settled=7)
     await serving.begin()
+    serving.ask(1)
+    assert await serving.answer() == (1, True)
     world.refuse_user(2**63)
     poison = serving.ledger.at(0, 1).account(2**63)
     poison.add(settled=5)

@@ -248,7 +248,7 @@ def test_a_corrected_line_without_a_line_end_is_stored(world: World) -> None:
 
 
 def test_a_value_that_the_store_cannot_even_be_asked_for_is_refused_again_and_holds_nothing_up(world: World) -> None:
-    append_dead_letters(world.spool, [DeadLetter(Row(*final(1, user_id=2**64 - 1)[1:-1]), "too large", None)])
+    append_dead_letters(world.spool, [DeadLetter(Row(*final(1, user_id=2**64)[1:-1]), "too large", None)])
     retry(world)
     world.drain()
     assert letters(world) == ["r1"]

@@ -193,6 +193,13 @@ class World:
             database.commit()
             database.close()
 
+    def refuse_user(self, user_id: int) -> None:
+        """The database, which is there already, takes no row of this user's from now on."""
+        self.query(
+            "CREATE TRIGGER poison BEFORE INSERT ON sys_ai_transactions"
+            f" WHEN printf('%u', NEW.user_id) = '{user_id}' BEGIN SELECT RAISE(ABORT, 'no such row'); END"
+        )
+
     def files(self) -> list[str]:
         return sorted(path.name for path in self.spool.iterdir())
 
