@@ -173,7 +173,7 @@ class Sessions:
         check_times(claims.expires_at, claims.not_before, claims.issued_at, now, self._leeway_s)
         if not key.is_signature(parts.signing_input, parts.signature):
             raise invalid("The token's signature is wrong.", reason="signature")
-        return _Verified(_session(claims, via, digest), key)
+        return _Verified(_session(claims, via, digest, now), key)
 
     def _key(self, parts: Parts) -> VerifyKey:
         key = self._ring.find(parts.alg, parts.kid)
@@ -211,12 +211,14 @@ def load_keys(auth: Auth, secrets: Secrets) -> tuple[list[VerifyKey], list[str]]
     return keys, problems
 
 
-def _session(claims: Claims, via: Via, digest: bytes) -> Session:
+def _session(claims: Claims, via: Via, digest: bytes, now: float) -> Session:
+    """`now`: what an issuer's clock that is ahead of ours says is issued then, so that what is spent from then on is
+    behind its beginning."""
     return Session(
         user_id=claims.user_id,
         tenant=claims.tenant,
         quota_remaining=claims.quota_remaining,
-        issued_at=claims.issued_at,
+        issued_at=None if claims.issued_at is None else min(claims.issued_at, now),
         expires_at=claims.expires_at,
         models=claims.models,
         jti=claims.jti,

@@ -240,3 +240,13 @@ def test_a_library_that_raises_is_a_403() -> None:
     sessions = sessions_for("ES256")
     sessions._ring.replace([VerifyKey("ES256", "k1", 64, RaisingKey())])
     assert refusal_of(sessions, token("ES256")).status == 403
+
+
+def test_a_token_of_a_clock_that_is_ahead_begins_when_it_is_first_verified() -> None:
+    clock = clock_at_now()
+    sessions = sessions_for("HS256", clock=clock)
+    made = token("HS256", iat=NOW + 4)
+    for _ in range(3):
+        assert sessions.authenticate(bearer(made)).issued_at == float(NOW)
+        clock.advance(2)
+    assert sessions.authenticate(bearer(token("HS256", iat=NOW - 4))).issued_at == NOW - 4
