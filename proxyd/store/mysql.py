@@ -374,6 +374,10 @@ class MysqlStore:
         )
         return [(float(second), int(tokens)) for second, tokens in found]
 
+    async def newest(self) -> float | None:
+        _, ((second,),) = await self._first("SELECT UNIX_TIMESTAMP(MAX(created_at)) FROM sys_ai_transactions")
+        return None if second is None else float(second)
+
     async def delete_older(self, cutoff: float, limit: int) -> int:
         """Rows that another node is deleting are passed over, so that nobody waits."""
         session = await self._begin()

@@ -129,6 +129,10 @@ class Store(Protocol):
         from the index alone."""
         ...
 
+    async def newest(self) -> float | None:
+        """When the youngest row was created (seconds since the epoch); None without rows."""
+        ...
+
     async def delete_older(self, cutoff: float, limit: int) -> int:
         """Deletes at most `limit` rows created before `cutoff` (seconds since the epoch); returns how many went."""
         ...

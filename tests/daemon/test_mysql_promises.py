@@ -182,6 +182,7 @@ async def test_the_spends_are_by_second_oldest_first_and_bounded(house: House) -
 async def test_retention_deletes_the_oldest_in_small_batches(house: House) -> None:
     async with house.open() as store:
         await store.commit(Batch(rows=[row(str(n), created_at=NOW - n) for n in range(10)]), never)
+        assert await store.newest() == NOW
         assert [await store.delete_older(NOW - 3, 4) for _ in range(3)] == [4, 2, 0]
     assert house.stored() == ["0", "1", "2", "3"]
 

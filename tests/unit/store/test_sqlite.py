@@ -157,8 +157,13 @@ def test_retention_deletes_the_oldest_in_small_batches(path: Path) -> None:
     async def delete(store: SqliteStore) -> list[int]:
         return [await store.delete_older(NOW - 3, 4) for _ in range(3)]
 
+    assert with_store(path, lambda store: store.newest()) == NOW
     assert with_store(path, delete) == [4, 2, 0]
     assert query(path, "SELECT MIN(created_at), COUNT(*) FROM sys_ai_transactions") == [(utc_text(NOW - 3), 4)]
+
+
+def test_a_store_without_rows_has_no_newest(path: Path) -> None:
+    assert with_store(path, lambda store: store.newest()) is None
 
 
 def test_another_schema_version_is_refused_in_words(path: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from proxyd.clock import FakeClock
-from proxyd.store.schema import Batch, Row, StoreError
+from proxyd.store.schema import Batch, Row, StoreError, utc_text
 from proxyd.store.sqlite import SqliteStore
-from proxyd.telemetry.retention import BATCH_ROWS, EVERY_S, PAUSE_MIN_S, PAUSES, RETRY_S, Retention
+from proxyd.telemetry.retention import BATCH_ROWS, EVERY_S, PAUSE_MIN_S, PAUSES, RETRY_S, TRUST_S, Retention
 from proxyd.telemetry.wake import Sleeper
 from proxyd.telemetry.writer import Settings, Writer
 from tests.unit.telemetry.world import LogBook, Meters, World, final, intent
@@ -25,6 +25,12 @@ class Old:
         self.batches: list[float] = []
         self.cutoffs: list[float] = []
         self.error: StoreError | None = None
+        self.youngest: float | None = None
+
+    async def newest(self) -> float | None:
+        if self.error is not None:
+            raise self.error
+        return self.clock.wall() if self.youngest is None else self.youngest
 
     async def delete_older(self, cutoff: float, limit: int) -> int:
         if self.error is not None:
@@ -89,6 +95,56 @@ async def test_a_deletion_that_fails_is_told_and_comes_again_in_a_minute() -> No
     clock.advance(RETRY_S)
     await run_for(retention, store, 1.0)
     assert len(store.batches) == 1
+
+
+async def test_what_was_deleted_is_told_once_a_pass() -> None:
+    clock, log = FakeClock(), LogBook()
+    store, retention = Old(clock, 2 * BATCH_ROWS + 1), Retention(3600.0, log, clock)
+    clock.advance(RETRY_S)
+    await run_for(retention, store, 5.0)
+    (told,) = log.named("retention_deleted")
+    assert (told["rows"], told["before"]) == (2 * BATCH_ROWS + 1, utc_text(store.cutoffs[-1]))
+    await run_for(retention, store, EVERY_S, step_s=60.0)
+    assert len(log.named("retention_deleted")) == 1
+
+
+async def test_a_clock_that_leaps_ahead_deletes_no_row_that_is_due_within_a_day_later_at_most() -> None:
+    """Nor when rows of that clock have come meanwhile."""
+    clock, log = FakeClock(wall=1_700_000_000.0), LogBook()
+    store, retention = Old(clock, 10), Retention(90 * TRUST_S, log, clock)
+    store.youngest = clock.wall() - 5.0
+    assert await retention.maybe_delete(store)  # type: ignore[arg-type]
+    true = clock.wall()
+    clock.step_wall(200 * TRUST_S)
+    store.youngest = clock.wall()
+    await run_for(retention, store, 3 * EVERY_S, step_s=60.0)
+    assert store.cutoffs
+    assert max(store.cutoffs) <= true + 3 * EVERY_S + TRUST_S - 90 * TRUST_S
+    assert len(log.named("retention_held")) == 1
+
+
+async def test_a_clock_that_was_wrong_at_the_start_is_not_believed_for_a_day_and_then_it_is() -> None:
+    clock, log = FakeClock(wall=1_700_000_000.0), LogBook()
+    store, retention = Old(clock, 10), Retention(90 * TRUST_S, log, clock)
+    store.youngest = clock.wall() - 200 * TRUST_S  # or the node stood still for so long
+    await run_for(retention, store, TRUST_S - EVERY_S, step_s=60.0)
+    assert max(store.cutoffs) < store.youngest + 2 * TRUST_S - 90 * TRUST_S
+    store.youngest = clock.wall()
+    await run_for(retention, store, 2 * EVERY_S, step_s=60.0)
+    assert store.cutoffs[-1] == pytest.approx(clock.wall() - 90 * TRUST_S, abs=2 * EVERY_S)
+
+
+async def test_a_clock_in_the_past_deletes_nothing_and_its_rows_go_when_it_is_right() -> None:
+    clock, log = FakeClock(wall=100.0), LogBook()
+    store, retention = Old(clock, 10), Retention(3600.0, log, clock)
+    store.youngest = 1_700_000_000.0
+    clock.advance(RETRY_S)
+    await run_for(retention, store, 1.0)
+    assert store.cutoffs == [0.0]
+    clock.step_wall(1_700_000_100.0 - clock.wall())
+    await run_for(retention, store, EVERY_S + RETRY_S, step_s=60.0)
+    assert store.cutoffs[-1] == pytest.approx(1_700_000_100.0, abs=2 * EVERY_S)
+    assert log.named("retention_held") == []
 
 
 def test_rows_come_in_between_two_batches_of_a_deletion(world: World) -> None:
