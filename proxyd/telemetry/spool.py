@@ -13,6 +13,10 @@ Invariants:
   streams that already run add.
 - Disk blocks are reserved ahead (reserve.py): new work is refused before a write fails for want of them.
 - Every wait has an end: a retry and a sync are due each `TICK_S`; close() tries once.
+- What is copied is less than half of what was added: a segment is left for its size only when no sync of it is under
+  way and what it added is twice what its successor must carry. Else a slow sync makes copies, and they a slow sync.
+- telemetry.spool_max is measured at each tick and after each segment's worth of bytes, so each worker passes it by one
+  segment, and by the ends of what runs. At it a segment is left early: all of it may be stored, and it counts.
 
   segment   |header|carried| ...synced... | ...unsynced... |partial|        _pending: [record, record, ...]
             0                     _synced ^          _whole ^                 `partial` = what write(2) took of the
@@ -52,6 +56,7 @@ from proxyd.telemetry.spoolio import InThread, SpoolIO, SpoolLog, sync_thread
 SEGMENT_BYTES = 16 * 1024 * 1024
 # A live segment counts against spool_max even when all of it is stored: with 64 workers at most a quarter of it.
 _SEGMENTS_IN_SPOOL_MAX, _SEGMENT_LEAST_BYTES = 256, 64 * 1024
+_PART_LEFT_WHEN_FULL = 4  # a full spool's segment is left at a quarter of its length: with 64 workers a sixteenth of it
 HELD_SOFT_BYTES = 8 * 1024 * 1024  # about 70,000 records: a second of a full disk at the busiest node we know
 HELD_HARD_BYTES = 64 * 1024 * 1024
 # Half of what `second` promises, so that the sync itself may take the other half.
@@ -75,9 +80,9 @@ class SpoolWriter:
         "_bound_fault", "_call_later", "_call_soon", "_clock", "_closed", "_counter", "_directory",
         "_directory_synced", "_durability", "_epoch", "_fd", "_in_thread", "_io", "_is_near_full", "_log",
         "_must_rotate", "_nonce", "_partial", "_pending", "_pending_bytes", "_reserve", "_retry_at", "_scheduled",
-        "_seed", "_segment_bytes", "_sequence", "_slot", "_spool_max", "_stream", "_sync_failures", "_sync_fault",
-        "_synced", "_syncing_fd", "_tainted", "_timer", "_unsynced", "_unsynced_bytes", "_whole", "_write_fault",
-        "lost",
+        "_seed", "_segment_bytes", "_sequence", "_slot", "_spool_max", "_start", "_stream", "_sync_failures",
+        "_sync_fault", "_synced", "_syncing_fd", "_tainted", "_timer", "_unmeasured", "_unsynced", "_unsynced_bytes",
+        "_whole", "_write_fault", "lost",
     )  # fmt: skip
 
     def __init__(
@@ -107,7 +112,9 @@ class SpoolWriter:
         self._seed, self._stream = header.seed, header.stream
         self._counter = count(1).__next__
         self._fd, self._sequence = -1, 0
-        self._whole = self._synced = HEADER_BYTES
+        # `_start`: where this segment's own bytes begin, behind the carried ones.
+        self._whole = self._synced = self._start = HEADER_BYTES
+        self._unmeasured = 0  # bytes written since the spool was last measured against its maximum
         self._pending: list[bytes] = []
         self._pending_bytes = self._partial = 0
         self._unsynced: list[bytes] = []
@@ -246,7 +253,7 @@ class SpoolWriter:
         if self._must_rotate:
             if not self._rotate():
                 return
-        elif self._whole >= self._segment_bytes and self._reserve.fault is None and not self._rotate():
+        elif self._is_long(self._segment_bytes) and self._reserve.fault is None and not self._rotate():
             # This segment is only long enough: what is reserved behind it is for those who run.
             self._reserve.fault, self._write_fault = self._write_fault, None
         while self._pending:
@@ -264,10 +271,17 @@ class SpoolWriter:
             self._keep_reserve()
         if self._durability == "row" and not self._tainted:
             self._sync_now()
+        if self._unmeasured >= self._segment_bytes:
+            self._check_bounds()
+
+    def _is_long(self, size: int) -> bool:
+        """True when this segment has added `size` bytes and its successor would carry little of them."""
+        added = self._whole - self._start
+        return added >= size and self._syncing_fd < 0 and 2 * self._unsynced_bytes <= added
 
     def _regain_reserve(self) -> None:
         """Tries again after a refusal; a segment that is long enough is left first."""
-        if self._whole >= self._segment_bytes:
+        if self._is_long(self._segment_bytes):
             before = self._write_fault
             if not self._rotate():
                 self._reserve.fault, self._write_fault = self._write_fault, before
@@ -303,6 +317,7 @@ class SpoolWriter:
             self._partial = taken - whole
         self._pending_bytes -= whole
         self._whole += whole
+        self._unmeasured += whole
         if self._durability == "os":
             self._synced = self._whole
         elif whole:
@@ -335,6 +350,8 @@ class SpoolWriter:
         old, self._fd, self._sequence, self._partial = self._fd, fd, sequence, 0
         self._must_rotate = self._tainted = self._directory_synced = False
         self._synced, self._whole = HEADER_BYTES, HEADER_BYTES + len(carried)
+        self._start = self._whole
+        self._unmeasured += self._whole
         if old >= 0:
             self._reserve.leave(old)
             if old != self._syncing_fd:
@@ -428,13 +445,17 @@ class SpoolWriter:
             self._log.warning("spool_mended", reason=fault, stream=self._stream)
 
     def _check_bounds(self) -> None:
-        fault = None
+        fault, self._unmeasured = None, 0
         held = self._pending_bytes + self._unsynced_bytes
         used = folder_bytes(self._directory) if self._spool_max else 0
         if held > HELD_SOFT_BYTES:
             fault = f"{held} bytes of records wait for the disk"
         elif self._spool_max and used >= self._spool_max:
             fault = f"the spool is full: telemetry.spool_max is {self._spool_max} bytes"
+            if not self._must_rotate and self._is_long(self._segment_bytes // _PART_LEFT_WHEN_FULL):
+                before = self._write_fault
+                if not self._rotate():
+                    self._write_fault = before
         if fault is not None and self._bound_fault is None:
             self._log.error("spool_broken", reason=fault, stream=self._stream, bytes=used)
         if fault is None:

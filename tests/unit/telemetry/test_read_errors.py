@@ -106,7 +106,7 @@ def test_a_dead_letter_waits_for_its_stream_while_that_cannot_be_read(
 
 
 def test_segments_missing_in_the_middle_are_told_and_the_others_stored(world: World) -> None:
-    spool = world.writer("os", segment_bytes=100)
+    spool = world.writer("os", segment_bytes=50)
     for txn in range(1, 7):
         spool.final(final(txn))
         world.turn()
@@ -119,7 +119,7 @@ def test_segments_missing_in_the_middle_are_told_and_the_others_stored(world: Wo
 
 
 def test_segments_that_are_gone_because_they_are_stored_are_not_missed(world: World) -> None:
-    spool = world.writer("os", segment_bytes=100)
+    spool = world.writer("os", segment_bytes=50)
     for txn in range(1, 4):
         spool.final(final(txn))
         world.turn()

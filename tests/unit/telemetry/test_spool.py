@@ -168,7 +168,7 @@ def test_a_disk_that_fails_every_sync_gets_few_new_segments_and_still_takes_reco
 
 
 def test_what_was_synced_is_not_copied_to_the_next_segment(world: World, disk: Disk) -> None:
-    spool = world.writer(disk=disk, segment_bytes=100)
+    spool = world.writer(disk=disk, segment_bytes=50)
     begin(spool, 1)
     world.turn()
     spool.tick()
@@ -213,13 +213,15 @@ def test_durability_second_syncs_in_the_thread_and_only_once_at_a_time(world: Wo
 
 def test_a_segment_left_while_its_sync_runs_keeps_its_descriptor_until_the_sync_ends(world: World, disk: Disk) -> None:
     jobs: list[tuple] = []
-    spool = world.writer(disk=disk, segment_bytes=100, in_thread=lambda work, done: jobs.append((work, done)))
+    spool = world.writer(disk=disk, in_thread=lambda work, done: jobs.append((work, done)))
     begin(spool, 1)
     world.turn()
     spool.tick()
     old = spool._fd
     begin(spool, 2)
+    disk.writes = [-errno.EFBIG]  # this one must be left
     world.turn()
+    spool.tick()
     assert spool._fd != old
     os.fstat(old)
     jobs[0][1](OSError(errno.EIO, "late"))
@@ -294,3 +296,75 @@ def test_segments_are_small_beside_a_small_spool_max(world: World) -> None:
         if txn % 100 == 0:
             world.turn()
     assert len(segments(world)) == 2
+
+
+def test_a_sync_that_takes_long_has_nothing_copied_meanwhile_and_little_afterwards(world: World, disk: Disk) -> None:
+    jobs: list[tuple] = []
+    spool = world.writer(disk=disk, segment_bytes=4096, in_thread=lambda work, done: jobs.append((work, done)))
+    added = 0
+
+    def load(turns: int) -> None:
+        nonlocal added
+        for txn in range(turns):
+            begin(spool, txn)
+            added += len(world.intent_frame(txn))
+            world.turn()
+            if txn % 20 == 0:
+                spool.tick()
+
+    load(21)
+    assert len(jobs) == 1
+    load(1000)  # twenty segments' worth while the disk does not answer
+    assert (len(jobs), len(segments(world))) == (1, 1)
+    for _ in range(50):
+        while jobs:
+            work, done = jobs.pop()
+            work()
+            done(None)
+        load(100)  # the next sync takes as long as this
+    assert len(segments(world)) > 10
+    assert sum(disk.written) < 1.6 * added
+    spool.close()
+
+
+def test_a_segment_goes_on_behind_what_it_carries_for_as_long_as_another(world: World, disk: Disk) -> None:
+    spool = world.writer(disk=disk, segment_bytes=4096)
+    size = len(world.intent_frame(1))
+    begin(spool, *range(2 * 4096 // size))
+    world.turn()
+    disk.syncs = [1]
+    spool.tick()  # the sync fails: all goes to the next segment, which is longer than one before it begins
+    assert len(segments(world)) == 2
+    spool.tick()
+    for txn in range(4096 // size - 1):
+        begin(spool, txn)
+        world.turn()
+    spool.tick()
+    assert len(segments(world)) == 2
+
+
+def test_the_spool_is_measured_after_each_segments_worth_of_bytes(world: World) -> None:
+    spool = world.writer("os", spool_max=512 * 1024)
+    txn = 0
+    while spool.broken_reason is None:
+        txn += 1
+        begin(spool, txn)
+        world.turn()  # no tick
+    assert "spool is full" in spool.broken_reason
+    size = sum((world.spool / name).stat().st_size for name in segments(world))
+    assert size < 512 * 1024 + 2 * 64 * 1024
+
+
+def test_a_full_spool_whose_live_segment_is_all_of_it_is_left_so_that_it_may_go(world: World) -> None:
+    spool = world.writer("os", spool_max=32 * 1024)
+    while spool.broken_reason is None:
+        begin(spool, 1)
+        spool.final(final(1))
+        world.turn()
+        spool.tick()
+    world.gather_once()
+    spool.tick()
+    assert spool.broken_reason is None
+    assert len(segments(world)) == 1
+    spool.tick()
+    assert len(segments(world)) == 1

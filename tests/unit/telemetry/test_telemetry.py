@@ -16,7 +16,7 @@ from proxyd.telemetry.reader import Stream
 from proxyd.telemetry.record import Kind
 from proxyd.telemetry.recovery import adopt
 from proxyd.telemetry.segment import HEADER_BYTES, list_spool, segment_name
-from tests.unit.telemetry.world import World, checkpoint, final, intent
+from tests.unit.telemetry.world import Disk, World, checkpoint, final, intent
 
 
 def test_a_final_becomes_the_row_it_says(world: World) -> None:
@@ -109,7 +109,7 @@ def test_a_foreign_file_is_left_alone_and_reported_once(world: World) -> None:
 
 def test_a_missing_spool_is_normal_and_a_missing_first_segment_is_told(world: World) -> None:
     world.drain()
-    spool = world.writer(segment_bytes=100)
+    spool = world.writer("os", segment_bytes=50)
     for txn in range(1, 6):
         spool.final(final(txn))
         world.turn()
@@ -234,10 +234,13 @@ def test_after_power_loss_a_stored_final_that_left_the_disk_is_not_doubled(world
 
 def test_a_stream_resumes_inside_the_copy_that_heads_its_next_segment(world: World) -> None:
     """Segment 1 was consumed up to its second record; segment 2 begins with a copy of records 1 to 3."""
-    spool = world.writer("second", segment_bytes=200)
+    disk = Disk()
+    spool = world.writer("second", disk)
     for txn in (1, 2, 3):
         spool.final(final(txn))
     world.turn()
+    disk.syncs = [1]
+    spool.tick()
     spool.final(final(4))
     world.turn()
     spool.close()
@@ -355,7 +358,7 @@ def test_what_waits_in_the_spool_is_zero_once_all_is_stored_though_the_segment_s
 
 
 def test_a_segment_with_a_damaged_header_is_set_aside_and_its_successors_are_read(world: World) -> None:
-    spool = world.writer("os", segment_bytes=100)
+    spool = world.writer("os", segment_bytes=50)
     for txn in range(1, 6):
         spool.final(final(txn))
         world.turn()
@@ -371,7 +374,7 @@ def test_a_segment_with_a_damaged_header_is_set_aside_and_its_successors_are_rea
 
 
 def test_segments_that_come_back_before_their_streams_cursor_are_stale(world: World) -> None:
-    spool = world.writer("os", segment_bytes=100)
+    spool = world.writer("os", segment_bytes=50)
     for txn in range(1, 6):
         spool.final(final(txn))
         world.turn()
