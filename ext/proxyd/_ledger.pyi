@@ -6,11 +6,13 @@ from proxyd._limits import Tenant
 
 class Standing(NamedTuple):
     """What the store said: `base` tokens beside those settled here, read at `at_ms` (CLOCK_MONOTONIC); `free_at`: the
-    wall second at which the window's sum falls below its ceiling, 0 when unknown or below."""
+    wall second at which the window's sum falls below its ceiling, 0 when unknown or below; `first`: a token's base when
+    it was first read."""
 
     base: int
     at_ms: int
     free_at: int
+    first: int = 0
 
 class Sums(NamedTuple):
     """Of one user over all slots, each slot read in this order, so that a token that moves is never missed."""
@@ -58,9 +60,9 @@ class Account:
     def set_token(self, iat: int, base: int, at_ms: int) -> None: ...
 
     # anybody
-    def first_seen(self, iat: int) -> int | None:
-        """What was settled when the first of all workers called this for `iat`, for as long as that is the newest
-        token that was asked for; None for an older one. Less than 2^32 tokens ago."""
+    def first_seen(self, token: int, is_new: bool) -> tuple[int, bool]:
+        """What was settled, and what was told of `is_new`, when the first of all workers called this for the token
+        (a number below 2^64); known until eight others of the user were. Less than 2^32 tokens ago."""
     @property
     def average_completion(self) -> int | None: ...
     def learn_completion(self, tokens: int) -> None: ...

@@ -8,7 +8,7 @@ order of their stores are to be read in one place.
     | rows taken | overflow |                                                                        a page
     | index of users      row + 1, open addressing, linear probing                                   a word each
     | keys of tenants     open addressing, over the rows themselves                                  a word each
-    | rows of users       head: 24 words | slot 0: held running settled settled_at | slot 1 | ...    taken in order
+    | rows of users       head: 32 words | slot 0: held running settled settled_at | slot 1 | ...    taken in order
     | rows of tenants     _limits.pyx; one more, the last, for all that found no room
 
 | word | who writes it | how |
@@ -17,9 +17,9 @@ order of their stores are to be read in one place.
 | index word, tenant key | all | CAS from 0, once and for ever |
 | user_id of a row | who took the row | store, before the CAS that publishes it |
 | held, running, settled, settled_at | the slot's process; the master zeroes the first two once it is reaped | store |
-| stored, window_base, window_at, free_at, 4 x (iat, token_base, at) | telemetry | store |
+| stored, window_base, window_at, free_at, 4 x (iat, token_base, at, first base) | telemetry | store |
 | average of completions | all | store: of two at once one is lost |
-| first seen: of the newest token iat and settled, 32 bits each | all | CAS |
+| first seen: 8 x (token, whether it was new, settled then), and which goes next | all | CAS |
 | a tenant's row | all | CAS |
 
 Loads acquire and stores release. Invariants: no lock, so a process may die between any two instructions and no other
@@ -39,7 +39,7 @@ from proxyd._limits cimport tenant_words
 from proxyd._shm cimport Cells, px_cell_add, px_cell_get, px_cell_set
 from proxyd._shm cimport px_word_add, px_word_cas, px_word_load, px_word_store
 
-Standing = namedtuple("Standing", "base at_ms free_at")
+Standing = namedtuple("Standing", "base at_ms free_at first", defaults=(0,))
 Sums = namedtuple("Sums", "held running settled")
 
 cdef enum:
@@ -55,15 +55,22 @@ cdef enum:
     WINDOW_AT = 3
     FREE_AT = 4
     COMPLETION = 5
-    TOKENS = 6  # 4 entries of iat, base, at
+    TOKENS = 6  # 4 entries of iat, base, at, first base
     TOKEN_ENTRIES = 4
-    FIRST_SEEN = 18
-    USER_HEAD = 24
+    TOKEN_WORDS = 4
+    NEXT_SEEN = 22
+    SEEN = 23  # 31 bits of the token, 1 whether it was new, 32 of what was settled
+    SEEN_ENTRIES = 8
+    USER_HEAD = 32
     HELD = 0
     RUNNING = 1
     SETTLED = 2
     SETTLED_AT = 3
     SLOT_WORDS = 4
+
+# Each try that fails is another token's note that came first.
+cdef enum:
+    SEEN_TRIES = 64
 
 cdef int64_t _NO_IAT = <int64_t> (1ull << 63)
 
@@ -402,17 +409,18 @@ cdef class Account:
     def token(self, int64_t iat):
         cdef Py_ssize_t k
         cdef uint64_t *entry
-        cdef int64_t at, base
+        cdef int64_t at, base, first
         if iat == _NO_IAT:
             return None
         for k in range(TOKEN_ENTRIES):
-            entry = self.p + TOKENS + 3 * k
+            entry = self.p + TOKENS + TOKEN_WORDS * k
             at = signed_word(entry + 2)
             if at == 0 or signed_word(entry) != iat:
                 continue
             base = signed_word(entry + 1)
+            first = signed_word(entry + 3)
             if signed_word(entry) == iat:  # else it was given to another token meanwhile
-                return Standing(base, at, 0)
+                return Standing(base, at, 0, first)
         return None
 
     def set_token(self, int64_t iat, int64_t base, int64_t at_ms):
@@ -423,41 +431,53 @@ cdef class Account:
         if iat == _NO_IAT:
             raise ValueError("ledger: no token is issued then")
         for k in range(TOKEN_ENTRIES):
-            entry = self.p + TOKENS + 3 * k
+            entry = self.p + TOKENS + TOKEN_WORDS * k
             at = signed_word(entry + 2)
             if at and signed_word(entry) == iat:
                 oldest = k
                 break
             if at < least:
                 least, oldest = at, k
-        entry = self.p + TOKENS + 3 * oldest
+        entry = self.p + TOKENS + TOKEN_WORDS * oldest
         if signed_word(entry) != iat or not signed_word(entry + 2):
             px_word_store(entry + 2, 0)
             px_word_store(entry, <uint64_t> _NO_IAT)
             px_word_store(entry + 1, <uint64_t> base)
+            px_word_store(entry + 3, <uint64_t> base)
             px_word_store(entry, <uint64_t> iat)
         else:
             px_word_store(entry + 1, <uint64_t> base)
         px_word_store(entry + 2, <uint64_t> max(at_ms, 1))
 
-    def first_seen(self, int64_t iat):
-        """The first worker that sees a token newer than all before notes what was settled then; the others find it.
-        The sum is taken after the note was read, so it is never less than the note's: the note has its low half only.
-        Repeats only because another one's note came first, each with a newer token.
+    def first_seen(self, uint64_t token, bint is_new):
+        """The first worker that sees a token notes what was settled then and whether it `is_new`; the others find it.
+
+        The note is one word, so it is there or not. It goes where `next` says, and only if that place holds what the
+        walk before saw there, so of two that see one token first one finds its place changed and then the other's
+        note. A place that another took is skipped for it (its process may have died before it moved `next`). The sum
+        is taken after the notes were read, so it is never less than a note's, which has its low half only.
         """
-        cdef uint64_t word
-        cdef int64_t settled
-        if iat <= 0 or iat >> 32:
-            return None
-        while True:
-            word = px_word_load(self.p + FIRST_SEEN)
-            if word >> 32 > <uint64_t> iat:
-                return None
+        cdef Py_ssize_t k
+        cdef uint64_t seen[SEEN_ENTRIES]
+        cdef uint64_t n, mark, word
+        cdef int64_t settled = 0
+        mark = _mix(token) >> 33 or 1
+        for _ in range(SEEN_TRIES):
+            n = px_word_load(self.p + NEXT_SEEN)
+            for k in range(SEEN_ENTRIES):
+                seen[k] = px_word_load(self.p + SEEN + k)
             settled = self._sum(SETTLED)
-            if word >> 32 == <uint64_t> iat:
-                return settled - <int64_t> ((<uint64_t> settled - word) & 0xFFFFFFFF)
-            if px_word_cas(self.p + FIRST_SEEN, word, <uint64_t> iat << 32 | (<uint64_t> settled & 0xFFFFFFFF)):
-                return settled
+            for k in range(SEEN_ENTRIES):
+                word = seen[k]
+                if word >> 33 == mark:
+                    return settled - <int64_t> ((<uint64_t> settled - word) & 0xFFFFFFFF), bool(word >> 32 & 1)
+            k = <Py_ssize_t> (n % SEEN_ENTRIES)
+            word = mark << 33 | <uint64_t> is_new << 32 | (<uint64_t> settled & 0xFFFFFFFF)
+            if px_word_cas(self.p + SEEN + k, seen[k], word):
+                px_word_cas(self.p + NEXT_SEEN, n, n + 1)
+                return settled, bool(is_new)
+            px_word_cas(self.p + NEXT_SEEN, n, n + 1)
+        return settled, bool(is_new)
 
     @property
     def average_completion(self):

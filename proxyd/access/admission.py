@@ -50,8 +50,11 @@ LEAST_COMPLETION = 16
 PARTS_OF_A_MINUTE = 16
 # What a client that finds all permits taken waits when nobody has given one back yet.
 UNKNOWN_WAIT_S = 10
-# Sessions whose first sight is remembered here: a user's older ones, while the store cannot be read; 100 bytes each.
+# Sessions whose first sight is remembered here, too, for the ledger has a user's last eight; 150 bytes each.
 MAX_FIRST_SEEN = 10_000
+# A token seen this soon after its `iat` is charged from there on: what its user spent in the same second was not with
+# it. Half: a browser that loads a page before it asks is late; twice gives more of what a predecessor spends away.
+NEW_S = 2.0
 
 
 class NeedsReading(Exception):
@@ -103,7 +106,7 @@ class Admission:
         limits = config.limits
         self._general = TenantRules(limits.concurrent_streams, limits.requests_per_minute, limits.tokens_per_minute)
         self._rules = {name: TenantRules(*limits.for_tenant(name)) for name in limits.tenants}
-        self._first_seen: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._first_seen: OrderedDict[tuple[int, int], tuple[int, bool]] = OrderedDict()
         self._by_store = metrics.counter("proxyd_quota_decisions_total", basis="store")
         self._locally = metrics.counter("proxyd_quota_decisions_total", basis="local")
 
@@ -242,30 +245,36 @@ class Admission:
         if quota is not None:
             iat = _iat(session)
             known = account.token(iat) if iat is not None else None
+            before, is_new = self._seen(session, account, settled)
             if known is not None:
-                lines.append(Line(Kind.TOKEN, quota, max(0, known.base + settled), known.at_ms))
+                spent = known.base + settled - (known.first + before if is_new else 0)
+                lines.append(Line(Kind.TOKEN, quota, max(0, spent), known.at_ms))
             else:
-                before = 0 if iat is None else self._before(account, iat, settled)
-                spent = max(0, settled - before)
-                lines.append(Line(Kind.TOKEN, quota, spent, is_readable=iat is not None))
+                if iat is not None and iat <= self._started_at:
+                    before = 0
+                lines.append(Line(Kind.TOKEN, quota, max(0, settled - before), is_readable=iat is not None))
         return lines
 
-    def _before(self, account: Account, iat: int, settled: int) -> int:
-        """What the user had spent here before this session was issued, for as long as the store has not told: all that
-        was known when a worker first saw it, any worker if it is the user's newest session, else this one. Nothing, if
-        the session is older than the ledger."""
-        if iat <= self._started_at:
-            return 0
-        first = account.first_seen(iat)
-        if first is not None:
-            return first
-        key = (account.user_id, iat)
+    def _seen(self, session: Session, account: Account, settled: int) -> tuple[int, bool]:
+        """What the user had settled here when a worker, any worker, first saw this session, and whether that was
+        within NEW_S of its `iat`: then it begins there, and what the store had of its user in that moment (the `first`
+        base) was not spent with it. One without `iat` always begins there."""
+        token = _token(session)
+        key = (account.user_id, token)
         seen = self._first_seen.get(key)
         if seen is None:
-            seen = self._first_seen[key] = settled
+            issued_at = session.issued_at
+            is_new = issued_at is not None and max(self._started_at, self._clock.wall() - NEW_S) <= issued_at
+            seen = self._first_seen[key] = account.first_seen(token, is_new)
             if len(self._first_seen) > MAX_FIRST_SEEN:
                 self._first_seen.popitem(last=False)
-        return seen
+        before, is_new = seen
+        return min(before, settled), is_new  # a private row may have begun anew since
+
+
+def _token(session: Session) -> int:
+    """64 bits that tell the session's token from the user's others."""
+    return int.from_bytes(session.token_key[:8], "little")
 
 
 def _iat(session: Session) -> int | None:

@@ -31,7 +31,7 @@ TENANTS = 4_096
 _PART_BYTES = 512 << 20
 _TENANTS_LEAST = 256
 _PERMITS_LEAST = 1_024  # a reload may bring a limit where there was none
-_PRIVATE_USERS = 65_536  # 15 MB of this process's own when full
+_PRIVATE_USERS = 65_536  # 20 MB of this process's own when full
 _NAMES = 8_192  # tenants that a process knows by name; looked up anew beyond, for 2 us
 _MAP_NORESERVE = 0x4000  # Linux; the mmap module names it from 3.13 on
 
@@ -60,7 +60,7 @@ class Ledger:
         """`slots`: processes that spend; `permits`: the largest concurrent_streams of any tenant. Fewer rows than asked for when
         rows are very large. Errors: ValueError for counts out of range, OSError when there is no memory."""
         permits = min(max(permits, _PERMITS_LEAST), PERMITS_MAX)
-        users = max(1, min(users, _PART_BYTES // (192 + 32 * slots)))
+        users = max(1, min(users, _PART_BYTES // (256 + 32 * slots)))
         tenants = max(min(tenants, _TENANTS_LEAST), min(tenants, _PART_BYTES // (4_224 + 8 * permits)))
         size = Table.measure(slots, users, tenants, permits)
         memory = mmap.mmap(-1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)

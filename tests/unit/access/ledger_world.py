@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -26,8 +27,11 @@ def session(
     iat: float | None = NOW,
     ttl: int = 3600,
     tenant: str = "default",
+    jti: str | None = None,
 ) -> Session:
-    return Session(user_id, tenant, quota, iat, float(NOW + ttl), models, None, Via.BEARER)
+    """A token of its own for each user, `iat` and `jti`."""
+    key = sha256(repr((user_id, iat, jti)).encode()).digest()
+    return Session(user_id, tenant, quota, iat, float(NOW + ttl), models, jti, Via.BEARER, token_key=key)
 
 
 @dataclass

@@ -48,11 +48,11 @@ def test_what_one_worker_settles_counts_at_the_other() -> None:
 
 
 def test_what_the_store_says_counts_beside_what_was_settled_here() -> None:
-    here = world()
-    spend(here.first, session(), 60)
-    here.read_token(base=39)
-    spend(here.second, session(), 1)
-    assert refusal_of(here.first, session()).reason == "token"
+    here, asker = world(), session(iat=NOW - 9)
+    spend(here.first, asker, 60)
+    here.read_token(base=39, iat=NOW - 9)
+    spend(here.second, asker, 1)
+    assert refusal_of(here.first, asker).reason == "token"
     assert here.first.admit(session(iat=NOW + 5), "m")
 
 
@@ -74,13 +74,41 @@ def test_requests_side_by_side_do_not_all_pass_on_the_same_last_tokens() -> None
     assert here.second.admit(asker, "m").tokens_left() == 6
 
 
-def test_a_token_without_iat_is_charged_all_that_is_known_and_the_store_is_not_asked() -> None:
+def test_a_token_without_iat_is_charged_from_its_first_sight_and_the_store_is_not_asked() -> None:
     here = world()
     spend(here.first, session(None), 99)
     asker = session(100, iat=None)
-    assert here.second.admit(asker, "m", may_wait=True).tokens_left() == 1
-    assert here.decisions("local") == 1
+    here.second.admit(asker, "m", may_wait=True).settle(60)
+    here.clock.advance(100)
+    assert here.first.admit(asker, "m", may_wait=True).tokens_left() == 40
+    assert here.first.admit(session(100, iat=None, jti="next"), "m", may_wait=True).tokens_left() == 100
+    assert here.decisions("local") == 3
     assert here.asked == []
+
+
+@pytest.mark.parametrize("iat", [NOW, NOW + 0.5])
+def test_a_token_minted_in_the_second_of_its_predecessor_s_spending_begins_at_its_first_sight(iat: float) -> None:
+    here, old = world(), session(iat=NOW, jti="old")
+    spend(here.first, old, 60)
+    here.read_token(base=7)  # of other nodes, in this second
+    spend(here.first, old, 40)
+    here.clock.advance(1.9)
+    new = session(iat=iat, jti="new")
+    here.second.admit(new, "m").settle(30)
+    assert here.first.admit(new, "m", max_tokens=0).tokens_left() == 70
+    assert refusal_of(here.second, old).reason == "token"
+    here.clock.advance(60)
+    here.read_token(base=7 + 50)  # spent elsewhere meanwhile
+    assert here.second.admit(new, "m", max_tokens=0).tokens_left() == 20
+
+
+def test_a_token_first_seen_later_or_older_than_the_node_is_charged_from_its_iat() -> None:
+    for started_at, later_s in ((NOW - 1000.0, 2.1), (NOW + 0.1, 0.2)):
+        here = world(started_at=started_at)
+        spend(here.first, session(None), 60)
+        here.read_token(base=0)
+        here.clock.advance(later_s)
+        assert here.second.admit(session(iat=NOW), "m").tokens_left() == 40
 
 
 def test_mode_off_has_no_quota() -> None:
