@@ -1,9 +1,9 @@
 """The MySQL sink: MariaDB 10.11 and MySQL 8, one session, one transaction a batch.
 
-Owns: what is sent in which order, poison rows, when a session is opened anew. Must not know: spool files, metrics, the
-protocol (mysql_session.py), SQL text (mysql_text.py), error numbers (mysql_faults.py).
+Owns: what is sent in which order, when a session is opened anew. Must not know: spool files, metrics, the protocol
+(mysql_session.py), how rows are inserted and poison ones found (mysql_rows.py), SQL text (mysql_text.py).
 
-A commit: START TRANSACTION, one INSERT of all rows, one upsert of all cursors, what is carried, closed and forgotten,
+A commit: START TRANSACTION, an INSERT of all rows, one upsert of all cursors, what is carried, closed and forgotten,
 COMMIT. The answer to each is awaited before the next is sent. It creates no table: `proxyd schema --apply` does.
 
 Unknown outcomes. A commit may fail after its COMMIT was sent: the connection is cut, the server frozen or killed. Then
@@ -35,29 +35,21 @@ files, and forget them: rows of files that are there all the same would be store
 3. nobody writes it without the lock, so a token that was ours when a session began is ours till it ends: `_verify`
    looks at the beginning, and commits need not.
 
-Poison rows. A row whose values the server refuses (mysql_faults.ROWS) is found by halving within savepoints, set aside
-with the server's words, and its neighbours are stored. An error of the server (locks, space, rights, schema) fails the
-whole batch, to be tried again. A number nobody knows is taken for the server's STRANGE_TRIES times for the same batch;
-after that for the rows', if at least one row, of the batch or one that was stored before, can be stored alone.
-
-Bounds: see Bounds in mysql_session.py; a statement has at most max_allowed_packet bytes; halving takes at most 6
-statements for each refused row and halving step.
+Bounds: see Bounds in mysql_session.py; a statement has at most max_allowed_packet bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import time
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from proxyd.store.mysql_address import MysqlAddress
-from proxyd.store.mysql_faults import Blame, SqlFault
+from proxyd.store.mysql_faults import SqlFault
 from proxyd.store.mysql_reader import MysqlReader
+from proxyd.store.mysql_rows import STRANGE_TRIES, Inserter, Log
 from proxyd.store.mysql_session import Bounds, Session
-from proxyd.store.mysql_text import bookkeeping, inserts, row_texts
+from proxyd.store.mysql_text import bookkeeping
 from proxyd.store.node import NAME, Owner
 from proxyd.store.queries import WINDOW_SUM
 from proxyd.store.schema import (
@@ -74,15 +66,12 @@ from proxyd.store.schema_mysql import INSPECT, compare
 
 __all__ = ["STRANGE_TRIES", "Bounds", "MysqlReader", "MysqlStore"]
 
-# With the writer's pauses, doubling from 0.05 s, this is most of a second: less than any operator's repair takes, and
-# more than a hiccup. Half would set rows aside for a hiccup; twice holds all rows up for 10 s.
-STRANGE_TRIES = 4
 _NODE = re.compile(r"[0-9A-Za-z_-]{0,16}")
 # No stream has this name.
 _OWNER = "@owner"
 _MARK = (
-    "INSERT INTO sys_ai_spool_offsets (node, stream, segment, position, finished) VALUES ({me}, '@owner', {token}, 0, 0)"
-    " ON DUPLICATE KEY UPDATE position = position + 1"
+    "INSERT INTO sys_ai_spool_offsets (node, stream, segment, position, finished)"
+    " VALUES ({me}, '@owner', {token}, 0, 0) ON DUPLICATE KEY UPDATE position = position + 1"
 )
 # Between two tries to get a lost session back while nobody uses it.
 _RECONNECT_S = 5.0
@@ -95,18 +84,12 @@ _LOSES = {
 }
 
 
-class Log(Protocol):
-    """What we need of log.Log."""
-
-    def warning(self, event: str, /, **fields: Any) -> None: ...
-
-
 class MysqlStore:
     """The writing side; implements `schema.Store`. One task uses it at a time."""
 
     __slots__ = (
-        "_address", "_bounds", "_earlier", "_is_connecting", "_is_open", "_log", "_node", "_owner", "_ping", "_sample",
-        "_session", "_strange", "_strange_tries", "_timer", "_told",
+        "_address", "_bounds", "_earlier", "_inserter", "_is_connecting", "_is_open", "_log", "_node", "_owner",
+        "_ping", "_session", "_timer", "_told",
     )  # fmt: skip
 
     def __init__(
@@ -127,10 +110,7 @@ class MysqlStore:
         self._ping: asyncio.Task[None] | None = None
         self._earlier = 0
         self._timer: asyncio.TimerHandle | None = None
-        # The batch that met an error which nobody knows, and how often.
-        self._strange: Batch | None = None
-        self._strange_tries = 0
-        self._sample = Row(0, 0, 0, 0, time.time(), "", "", "", 0, 0, 0, "", 0, 0, 0)
+        self._inserter = Inserter(log)
         self._told: set[str] = set()
 
     # -- its life ------------------------------------------------------------------------------------------------------
@@ -276,13 +256,6 @@ class MysqlStore:
         self._is_open = False
         self._drop()
 
-    async def _step(self, session: Session, sql: str | bytes) -> int:
-        """One statement inside a transaction."""
-        touched = await session.run(sql)
-        if not session.in_transaction:
-            raise StoreError(f"{self._address}: the server ended a transaction by itself")
-        return touched
-
     # -- schema.Store --------------------------------------------------------------------------------------------------
 
     async def cursors(self) -> dict[str, Cursor]:
@@ -290,7 +263,7 @@ class MysqlStore:
         me = f"'{self._node}'"
         session = await self._begin()
         try:
-            await self._step(session, _MARK.format(me=me, token=self._owner.token))
+            await session.step(_MARK.format(me=me, token=self._owner.token))
             # Only `node =`: by this the scan ends at the node's last row without a look at the next one's lock.
             found = await session.rows(
                 "SELECT stream, segment, position, finished FROM sys_ai_spool_offsets"  # noqa: S608
@@ -299,8 +272,7 @@ class MysqlStore:
             (token,) = [segment for name, segment, _, _ in found if name == _OWNER]
             self._refuse_stranger(token)
             if self._owner.keep(token) != token:
-                await self._step(
-                    session,
+                await session.step(
                     f"UPDATE sys_ai_spool_offsets SET segment = {self._owner.token:d}"  # noqa: S608
                     f" WHERE node = {me} AND stream = '{_OWNER}'",
                 )
@@ -338,19 +310,16 @@ class MysqlStore:
     async def commit(self, batch: Batch, set_aside: SetAside) -> int:
         session = await self._begin()
         try:
-            refused = await self._insert(session, batch)
+            refused = await self._inserter.insert(session, batch)
             if refused:
                 set_aside(refused)
             for statement in bookkeeping(batch, self._node, session.quote, session.max_bytes):
-                await self._step(session, statement)
+                await session.step(statement)
             await session.run("COMMIT")
         except BaseException:
             self._fail()
             raise
-        self._strange = None
-        if batch.rows and len(refused) < len(batch.rows):
-            failed = {id(row) for row, _ in refused}
-            self._sample = next(row for row in reversed(batch.rows) if id(row) not in failed)
+        self._inserter.on_committed(batch, refused)
         return len(refused)
 
     async def holds(self, row: Row) -> bool:
@@ -388,79 +357,9 @@ class MysqlStore:
             )
             if found:
                 ids = ",".join(str(number) for (number,) in found)
-                await self._step(session, f"DELETE FROM sys_ai_transactions WHERE transaction_id IN ({ids})")  # noqa: S608
+                await session.step(f"DELETE FROM sys_ai_transactions WHERE transaction_id IN ({ids})")  # noqa: S608
             await session.run("COMMIT")
         except BaseException:
             self._fail()
             raise
         return len(found)
-
-    # -- rows ----------------------------------------------------------------------------------------------------------
-
-    async def _insert(self, session: Session, batch: Batch) -> list[tuple[Row, str]]:
-        """All rows in one statement; those that cannot be stored, with the reason."""
-        texts, refused = row_texts(batch.rows, session.quote)
-        try:
-            for statement in inserts((text for _, text in texts), session.max_bytes):
-                await self._step(session, statement)
-        except SqlFault as fault:
-            is_strange = fault.blame is Blame.UNKNOWN
-            if fault.blame is Blame.SERVER or (is_strange and not self._is_worn_out(batch)):
-                raise
-            # From the start, with savepoints: no doubt what of a failed statement is there.
-            await session.run("ROLLBACK")
-            await session.run("START TRANSACTION")
-            found = await self._halve(session, texts, is_strange)
-            if is_strange and len(found) == len(texts) and not await self._can_store_any(session):
-                raise
-            refused += found
-        return refused
-
-    def _is_worn_out(self, batch: Batch) -> bool:
-        """True when the batch met an unknown error more often than STRANGE_TRIES."""
-        if self._strange is not batch:
-            self._strange, self._strange_tries = batch, 0
-        self._strange_tries += 1
-        return self._strange_tries > STRANGE_TRIES
-
-    async def _halve(
-        self, session: Session, texts: Sequence[tuple[Row, bytes]], takes_strange: bool
-    ) -> list[tuple[Row, str]]:
-        """Inserts every row that can be inserted; the others, in their order, with the server's words."""
-        refused: list[tuple[Row, str]] = []
-        parts = [texts]
-        while parts:
-            part = parts.pop()
-            fault = await self._try_part(session, [text for _, text in part])
-            if fault is None:
-                continue
-            if fault.blame is Blame.SERVER or (fault.blame is Blame.UNKNOWN and not takes_strange):
-                raise fault
-            if len(part) == 1:
-                refused.append((part[0][0], f"{fault.number}: {fault.text}"))
-            else:
-                middle = len(part) // 2
-                parts += [part[middle:], part[:middle]]
-        return refused
-
-    async def _try_part(self, session: Session, texts: Sequence[bytes]) -> SqlFault | None:
-        """Inserts all of them or, with the fault returned, none."""
-        await self._step(session, "SAVEPOINT part")
-        try:
-            for statement in inserts(texts, session.max_bytes):
-                await self._step(session, statement)
-        except SqlFault as fault:
-            if fault.is_lost:
-                raise
-            await self._step(session, "ROLLBACK TO SAVEPOINT part")
-            return fault
-        return None
-
-    async def _can_store_any(self, session: Session) -> bool:
-        """True when a row like one that was stored before still could be; it is taken back."""
-        sample = self._sample._replace(request_id=f"proxyd-try-{os.urandom(8).hex()}")
-        texts, _ = row_texts([sample], session.quote)
-        if await self._try_part(session, [text for _, text in texts]) is not None:
-            return False
-        await self._step(session, "ROLLBACK TO SAVEPOINT part")
-        return True

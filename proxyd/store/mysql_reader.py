@@ -2,7 +2,7 @@
 
 Owns: a PyMySQL connection, `?` parameters in MySQL's dialect, errors in words. Must not know: what is asked.
 Bounds: CONNECT_S to connect, READ_S for an answer.
-Invariant: the session's times are UTC, whatever the server's zone is.
+Invariant: the session's times are UTC, whatever the server's zone is, and answers have all their rows.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from proxyd.store.schema import StoreError, StoreMissing, utc_text
 CONNECT_S = 5
 # A bill over a year of rows may take this long; ten times more is a server that does not answer.
 READ_S = 120
+# Of sql_select_limit, which a server may have at 1 for everybody. DEFAULT would be the server's value again.
+ALL_ROWS = 2**64 - 1
 _REMEDY = {
     ER.ACCESS_DENIED_ERROR: "correct the user in telemetry.sink, telemetry.password_file or the user's rights",
     ER.DBACCESS_DENIED_ERROR: "give the user its rights on the database (conf/mysql)",
@@ -58,7 +60,7 @@ def connect(address: MysqlAddress, *, read_timeout: float | None = READ_S) -> py
         connection = pymysql.connect(
             **address.arguments(), database=address.database, autocommit=True, conv=_CONVERSIONS,
             connect_timeout=CONNECT_S, read_timeout=CONNECT_S, write_timeout=READ_S,
-            init_command="SET time_zone = '+00:00'",
+            init_command=f"SET time_zone = '+00:00', sql_select_limit = {ALL_ROWS}",
         )  # fmt: skip
     except (pymysql.Error, OSError, RuntimeError) as error:
         missing = number_and_text(error)[0] == ER.BAD_DB_ERROR

@@ -10,6 +10,7 @@ Settings, each for this session only
   isolation                  READ COMMITTED: no gap locks, so that nodes and retention do not stand in each other's way
   innodb_lock_wait_timeout, lock_wait_timeout
                              small: waiting is done by the caller, who says so
+  sql_select_limit           none: we say LIMIT where we want one
   wait_timeout               a session whose peer died without a word gives up its transaction and lock soon
 
 The lock (GET_LOCK) is the node's name: two daemons with one node.id, which is a copied state_dir, do not write at
@@ -32,7 +33,7 @@ from pymysql.constants import ER
 
 from proxyd.store.mysql_address import MysqlAddress
 from proxyd.store.mysql_faults import SqlFault
-from proxyd.store.mysql_reader import explained, number_and_text
+from proxyd.store.mysql_reader import ALL_ROWS, explained, number_and_text
 from proxyd.store.schema import StoreError, StoreMissing
 
 _QUIT = b"\x01\x00\x00\x00\x01"
@@ -52,6 +53,10 @@ class Bounds:
     idle: float = 40.0
     # When the server ends a silent one, and gives the lock to who waits; above `idle`.
     server_wait: int = 60
+
+
+class NoAnswer(StoreError):
+    """The server was silent for `Bounds.answer`; the session is gone."""
 
 
 class Session:
@@ -100,7 +105,7 @@ class Session:
         await self.run(
             "SET SESSION time_zone = '+00:00', sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION',"
             f" innodb_lock_wait_timeout = {bounds.lock}, lock_wait_timeout = {bounds.lock},"
-            f" wait_timeout = {bounds.server_wait}"
+            f" wait_timeout = {bounds.server_wait}, sql_select_limit = {ALL_ROWS}"
         )
         await self.run("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
         lock = f"'proxyd.{self.quote(node)}'"
@@ -132,6 +137,11 @@ class Session:
         return f"connection {holder}" + "".join(f" from {host}" for (host,) in found)
 
     @property
+    def patience(self) -> float:
+        """The deadline of a statement."""
+        return self._bounds.answer
+
+    @property
     def max_bytes(self) -> int:
         """Of a statement."""
         return max(1024, int(self.facts.get("max_allowed_packet") or 0) - 64)
@@ -150,6 +160,13 @@ class Session:
         await self._ask(sql)
         return int(self._connection.affected_rows())
 
+    async def step(self, sql: str | bytes) -> int:
+        """`run` inside a transaction."""
+        touched = await self.run(sql)
+        if not self.in_transaction:
+            raise StoreError(f"{self._address}: the server ended a transaction by itself")
+        return touched
+
     async def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """All rows of its answer."""
         await self._ask(sql)
@@ -163,7 +180,7 @@ class Session:
                 await self._connection.query(sql)
         except TimeoutError:
             self.abort()
-            raise StoreError(f"{self._address}: no answer within {self._bounds.answer:g} s") from None
+            raise NoAnswer(f"{self._address}: no answer within {self._bounds.answer:g} s") from None
         except pymysql.Error as error:
             number, text = number_and_text(error)
             fault = SqlFault(explained(self._address, error), number, text)
