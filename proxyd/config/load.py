@@ -35,6 +35,11 @@ from proxyd.errors import ConfigError, Finding
 # A configuration is some pages of text. Half: nobody would notice; twice: a wrong path (a log) is parsed for seconds.
 MAX_FILE_BYTES = 1024 * 1024
 
+# What may be repeated of a key: no option has a longer name, nor other characters. A tenant is named as one likes.
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
+_NAME_OF_ANY_LENGTH = re.compile(r"[A-Za-z0-9_-]+")
+_TENANT = re.compile(r"[\w. -]{1,64}")
+
 _KINDS = {"str": "a string", "bool": "true or false", "int": "an integer", "float": "a number",
           "list": "a list", "tuple": "a list", "dict": "a table", "NoneType": "nothing"}  # fmt: skip
 _WANTED = {
@@ -167,7 +172,8 @@ class _Finder:
 
     def add(self, severity: rules.Severity, key: KeyPath, message: str, remedy: str) -> None:
         name = self.name(key)
-        self.findings.append(Finding(severity, self.path, self.line(key), key_text(key), message, remedy, name))
+        shown = key_text(shown_key(key))
+        self.findings.append(Finding(severity, self.path, self.line(key), shown, message, remedy, name))
 
     def name(self, key: KeyPath) -> str:
         """The name of the upstream or model that holds the key, if the file gives it a usable one."""
@@ -228,6 +234,22 @@ class _Finder:
             self.add("error", key, f"must be {_WANTED[kind]}, not {got}", f"for example: {_example(key)}")
         else:
             self.add("error", key, error["msg"][:1].lower() + error["msg"][1:], f"for example: {_example(key)}")
+
+
+def shown_key(key: KeyPath) -> KeyPath:
+    """The key as it may be repeated: somebody will have pasted an address with its password before the `=`."""
+    return tuple(
+        part if isinstance(part, int) or _is_tellable(key[:at], part) else _masked(part) for at, part in enumerate(key)
+    )
+
+
+def _is_tellable(around: KeyPath, part: str) -> bool:
+    return (_TENANT if around == ("limits", "tenants") else _NAME).fullmatch(part) is not None
+
+
+def _masked(part: str) -> str:
+    """Of a long name its beginning, of anything else its length."""
+    return f"{part[:8]}..." if _NAME_OF_ANY_LENGTH.fullmatch(part) else f"<{len(part)} characters>"
 
 
 def _without(document: dict[str, Any], errors: Iterable[ErrorDetails]) -> dict[str, Any]:
@@ -353,7 +375,7 @@ _EXAMPLES = {
 
 def _example(key: KeyPath) -> str:
     """The option as the file could write it."""
-    names = [part for part in key if isinstance(part, str)]
+    names = [part for part in shown_key(key) if isinstance(part, str)]
     name = names[-1]
     if key[0] == "model" and name == "name":
         return 'name = "gpt-4o-mini"'

@@ -23,6 +23,8 @@ _LOOKALIKES = {
     "\u2013": "a long dash", "\u2014": "a long dash", "\u00a0": "a no-break space", "\u200b": "a zero-width space",
 }  # fmt: skip
 _MAX_SHOWN = 40
+# A name in quotes that needs them may be an address with its password.
+_QUOTED_KEY = re.compile(r"""'[^']*[^A-Za-z0-9_'. -][^']*'(?=[,)]|$|[ \t]*\.)|"[^"]*[^A-Za-z0-9_". -][^"]*["]""")
 # What helps against the rarer faults, by a word of tomllib's reason.
 _REMEDIES = {
     "Unclosed array": "close the list with ]",
@@ -60,6 +62,8 @@ def diagnose(text: str, said: str) -> Slip:
         number -= 1
     line = lines[number - 1]
     reason = re.sub(r"\s*\(at [^)]*\)$", "", said)
+    if reason.startswith("Cannot declare") and _QUOTED_KEY.search(reason):
+        reason = "a name twice"
     column = f" at column {place[2]}" if place else ""
     found = _lookalike(number, line) or _twice(number, lines, reason) or _unquoted(number, line, reason)
     if found is not None:
@@ -76,7 +80,8 @@ def _shown(line: str) -> str:
     header = _HEADER.match(line)
     if key is not None:
         # A pasted secret in base64 ends in "=" as well, with nothing behind it; and no option has so long a name.
-        is_name = len(key[1]) <= _MAX_SHOWN and (line[key.end() :].strip() or key[0][-2:-1] == " ")
+        is_short = len(key[1]) <= _MAX_SHOWN and not _QUOTED_KEY.search(key[1])
+        is_name = is_short and (line[key.end() :].strip() or key[0][-2:-1] == " ")
         return f"{key[1]} =" if is_name else ""
     if header is not None and len(header[2]) <= _MAX_SHOWN:
         return f"{header[1]}{header[2]}{']' * len(header[1])}"
