@@ -56,6 +56,11 @@ MAX_FIRST_SEEN = 10_000
 # it. Half: a browser that loads a page before it asks is late; twice gives more of what a predecessor spends away.
 NEW_S = 2.0
 
+# How often requests under way ask for a user's reading while the store does not answer. Twice: seconds pass before what
+# other nodes spent is known; half asks for each kilobyte of a fast answer.
+ASK_AGAIN_MS = 1000
+MAX_ASKED = 10_000
+
 
 class NeedsReading(Exception):
     """The store has to be asked before this can be decided: for the user's window since `window_since` (wall s), for
@@ -82,8 +87,8 @@ class Admission:
     `started_at` (wall s): when the ledger began to count."""
 
     __slots__ = (
-        "_by_store", "_clock", "_first_seen", "_general", "_ledger", "_locally", "_refresh", "_refresh_ms", "_rules",
-        "_started_at", "_window_s", "_window_tokens",
+        "_asked", "_by_store", "_clock", "_first_seen", "_general", "_ledger", "_locally", "_oldest_ms", "_refresh",
+        "_refresh_ms", "_rules", "_started_at", "_window_s", "_window_tokens",
     )  # fmt: skip
 
     def __init__(
@@ -103,10 +108,13 @@ class Admission:
         self._window_s = config.quota.window
         self._window_tokens = config.quota.tokens
         self._refresh_ms = config.quota.refresh * 1000
+        # Twice, for a reading is asked for only when somebody comes, and a second for its way.
+        self._oldest_ms = 2 * self._refresh_ms + 1000
         limits = config.limits
         self._general = TenantRules(limits.concurrent_streams, limits.requests_per_minute, limits.tokens_per_minute)
         self._rules = {name: TenantRules(*limits.for_tenant(name)) for name in limits.tenants}
         self._first_seen: OrderedDict[tuple[int, int], tuple[int, bool]] = OrderedDict()
+        self._asked: OrderedDict[int, int] = OrderedDict()
         self._by_store = metrics.counter("proxyd_quota_decisions_total", basis="store")
         self._locally = metrics.counter("proxyd_quota_decisions_total", basis="local")
 
@@ -216,20 +224,39 @@ class Admission:
         refusal = decide_refusal(lines, sums.held, times)
         window_since = now - self._window_s if self._window_tokens else None
         iat = _iat(session)
-        if may_wait and account.is_shared and must_read(lines, refusal is not None, now, now_ms):
+        if may_wait and account.is_shared and must_read(lines, refusal is not None, now, now_ms, self._oldest_ms):
             raise NeedsReading(session.user_id, window_since, iat)
         age = age_ms(lines, now_ms)
         if age > self._refresh_ms and account.is_shared and (window_since is not None or iat is not None):
             self._refresh(session.user_id, window_since, iat)
-        # Twice, for a reading is asked for only when somebody comes, and a second for its way.
-        (self._by_store if age <= 2 * self._refresh_ms + 1000 else self._locally).add(1)
+        (self._by_store if age <= self._oldest_ms else self._locally).add(1)
         if refusal is not None:
             raise refusal
 
     def left(self, session: Session, account: Account) -> int | None:
         """Tokens until the nearer line, by what the user's requests under way used so far; None without a line."""
         sums = account.sums()
-        return left_of(self._lines(session, account, sums.settled), sums.running)
+        lines = self._lines(session, account, sums.settled)
+        readable = [line for line in lines if line.is_readable]
+        if readable and age_ms(readable, self.now_ms()) > self._refresh_ms and account.is_shared:
+            self._ask_again(session)
+        return left_of(lines, sums.running)
+
+    def _ask_again(self, session: Session) -> None:
+        """A request under way has its user's reading made anew; not more often than once in ASK_AGAIN_MS, for it looks
+        again and again while nobody answers."""
+        now_ms, user_id = self.now_ms(), session.user_id
+        if now_ms - self._asked.get(user_id, -ASK_AGAIN_MS) < ASK_AGAIN_MS:
+            return
+        iat = _iat(session)
+        window_since = self._clock.wall() - self._window_s if self._window_tokens else None
+        if window_since is None and iat is None:
+            return
+        self._asked[user_id] = now_ms
+        self._asked.move_to_end(user_id)
+        if len(self._asked) > MAX_ASKED:
+            self._asked.popitem(last=False)
+        self._refresh(user_id, window_since, iat)
 
     def _lines(self, session: Session, account: Account, settled: int) -> list[Line]:
         """The user's lines, with what the ledger knows of them now. `settled`: spent here by requests that ended."""

@@ -107,16 +107,17 @@ def _wait_s(line: Line, times: Times) -> int:
     return max(1, math.ceil(opens_at + WINDOW_MARGIN_S - times.now))
 
 
-def must_read(lines: Sequence[Line], is_refusal: bool, now: float, now_ms: int) -> bool:
-    """Whether the store has to be asked before this is decided: a line that matters was never read, or the answer
-    would be no and the last reading may be out of date, or is of before the moment at which the window was to open.
+def must_read(lines: Sequence[Line], is_refusal: bool, now: float, now_ms: int, oldest_ms: float = math.inf) -> bool:
+    """Whether the store has to be asked before this is decided: a line that matters was never read, or longer ago than
+    `oldest_ms`, or the answer would be no and the last reading may be out of date, or is of before the moment at which
+    the window was to open.
     A session that came without any tokens is never asked for. `now`: wall seconds, of the same instant."""
     if any(line.kind is Kind.TOKEN and line.limit <= 0 for line in lines):
         return False
     for line in lines:
         if not line.is_readable:
             continue
-        if line.read_at_ms is None:
+        if line.read_at_ms is None or now_ms - line.read_at_ms > oldest_ms:
             return True
         if is_refusal and now_ms - line.read_at_ms > _longest_age_ms(line, now):
             return True

@@ -57,8 +57,8 @@ class Ledger:
 
     @classmethod
     def create(cls, slots: int, *, permits: int = 0, users: int = USERS, tenants: int = TENANTS) -> Ledger:
-        """`slots`: processes that spend; `permits`: the largest concurrent_streams of any tenant. Fewer rows than asked for when
-        rows are very large. Errors: ValueError for counts out of range, OSError when there is no memory."""
+        """`slots`: processes that spend; `permits`: the largest concurrent_streams of any tenant. Fewer rows than asked
+        for when rows are very large. Errors: ValueError for counts out of range, OSError when there is no memory."""
         permits = min(max(permits, _PERMITS_LEAST), PERMITS_MAX)
         users = max(1, min(users, _PART_BYTES // (256 + 32 * slots)))
         tenants = max(min(tenants, _TENANTS_LEAST), min(tenants, _PART_BYTES // (4_224 + 8 * permits)))
@@ -76,7 +76,7 @@ class Ledger:
         return self._table.reclaim(slot)
 
     def find(self, user_id: int, slot: int = -1) -> Account | None:
-        """The user's row if it was ever seen. Its `add` is for the one process that writes `slot`; without: for none."""
+        """The user's row if it was ever seen. Its `add` is for the one process of `slot`; without: for none."""
         return self._table.find(user_id, slot)
 
     def totals(self) -> Totals:

@@ -268,6 +268,41 @@ def test_a_reading_older_than_two_refreshes_and_a_second_is_local_knowledge() ->
     assert (here.decisions("local"), here.decisions("store")) == (2, 1)
 
 
+def test_who_comes_seldom_is_not_let_in_on_a_reading_of_any_age() -> None:
+    here = world(tokens=100, refresh="10s")
+    here.first.admit(session(None), "m").refund()
+    here.read_window(base=0)
+    here.clock.advance(21.0)
+    here.first.admit(session(None), "m", may_wait=True).refund()
+    here.clock.advance(0.1)
+    needs(here.first, session(None))
+    here.read_window(base=1)
+    assert here.first.admit(session(None), "m", may_wait=True).tokens_left() == 99
+
+
+def test_a_request_under_way_has_the_reading_made_anew_once_a_second_at_most() -> None:
+    here = world(tokens=10**6, refresh="10s")
+    asker = session(10**6)
+    ticket = here.first.admit(asker, "m")
+    here.read_window(base=0)
+    here.read_token(base=0)
+    here.asked.clear()
+    for passed, questions in ((10, 0), (0.1, 1), (0.9, 1), (0.1, 2), (5, 3)):
+        here.clock.advance(passed)
+        assert ticket.progress(1)
+        ticket.share()
+        assert len(here.asked) == questions
+    assert here.asked[-1] == (42, pytest.approx(here.clock.wall() - 86_400), NOW)
+    here.read_window(base=0)
+    here.clock.advance(2)
+    ticket.progress(1)
+    assert len(here.asked) == 4  # the token's is as old as it was
+    here.read_token(base=0)
+    here.clock.advance(2)
+    ticket.progress(1)
+    assert len(here.asked) == 4
+
+
 def test_a_refusal_rests_on_a_fresh_reading_where_one_can_be_had() -> None:
     here = world(tokens=100)
     here.first.admit(session(None), "m").refund()
