@@ -5,12 +5,14 @@ the store's connection, retries, when a group is due.
 Invariants:
 - What a stream handed out is in the group: a failing read leaves both as they were before the record that failed.
 - A stream takes at most one step (next segment, end) a group, so what the group must carry is what the stream has open.
+- No stream keeps another waiting: of a group's room each has its share, what one leaves goes to those that have more,
+  and re-queued rows have theirs.
 - A stream that ended in this process's life is never read again, even if its files could not be removed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,7 +115,7 @@ class Gatherer:
 
     __slots__ = (
         "_blocked", "_clock", "_directory", "_finished", "_kept", "_limit", "_log", "_next_probe", "_rejected",
-        "_requeues", "_unreadable", "forget", "group", "streams",
+        "_requeues", "_turn", "_unreadable", "forget", "group", "streams",
     )  # fmt: skip
 
     def __init__(self, directory: Path, limit: int, log: SpoolLog, clock: Clock) -> None:
@@ -129,6 +131,7 @@ class Gatherer:
         self._finished: set[str] = set()
         self._kept: set[str] = set()
         self._next_probe = 0.0
+        self._turn = 0  # which stream is read first
         # What could not be read, why, and when that is told again.
         self._unreadable: dict[str, tuple[str, float]] = {}
 
@@ -217,21 +220,44 @@ class Gatherer:
         is_probe_due = is_stopping or now >= self._next_probe
         if is_probe_due:
             self._next_probe = now + PROBE_S
-        has_read = False
-        for name, stream in self.streams.items():
-            if stream.phase is Phase.ENDED or any(stream is other for other, _ in self.group.moved):
-                continue  # one step a commit
-            try:
-                has_read |= self._read(name, stream, listing.get(name, []), is_probe_due)
-                self._unreadable.pop(name, None)
-            except OSError as error:
-                self._tell_unreadable(name, stream.sequence, str(error))
         for name in requeues:
             if name not in self._requeues and name not in self._finished:
                 self._adopt_requeue(name, None)
+        has_read = self._read_streams(listing, is_probe_due)
         if self._requeues and self.group.requeue is None:
             has_read |= self._read_requeue(min(self._requeues))
         return not has_read
+
+    def _read_streams(self, listing: Mapping[str, Sequence[int]], is_probe_due: bool) -> bool:
+        """True when any stream moved. Whoever has more than its share takes what the others left."""
+        rows, limit = self.group.batch.rows, self._limit
+        if self._requeues and self.group.requeue is None:
+            limit -= min(REQUEUE_ROWS, limit // 2)
+        stepped = {id(stream) for stream, _ in self.group.moved}  # one step a commit
+        names = [name for name, one in self.streams.items() if one.phase is not Phase.ENDED and id(one) not in stepped]
+        if not names:
+            return False
+        self._turn = (self._turn + 1) % len(names)
+        has_read, share, more = False, max(1, (limit - len(rows)) // len(names)), []
+        for name in names[self._turn :] + names[: self._turn]:
+            room = min(limit, len(rows) + share)
+            has_read |= self._try_read(name, listing, is_probe_due, room)
+            if len(rows) >= room:
+                more.append(name)
+        for name in more:
+            if len(rows) < limit:
+                has_read |= self._try_read(name, listing, is_probe_due, limit)
+        return has_read
+
+    def _try_read(self, name: str, listing: Mapping[str, Sequence[int]], is_probe_due: bool, limit: int) -> bool:
+        stream = self.streams[name]
+        try:
+            has_read = self._read(name, stream, listing.get(name, []), is_probe_due, limit)
+        except OSError as error:
+            self._tell_unreadable(name, stream.sequence, str(error))
+            return False
+        self._unreadable.pop(name, None)
+        return has_read
 
     def _tell_unreadable(self, name: str, segment: int, reason: str) -> None:
         """Once, and again each minute while it lasts: an idle process looks twenty times a second."""
@@ -263,8 +289,9 @@ class Gatherer:
             group.since = self._clock.monotonic()
         return True
 
-    def _read(self, name: str, stream: Stream, known: Sequence[int], is_probe_due: bool) -> bool:
-        group, limit = self.group, self._limit
+    def _read(self, name: str, stream: Stream, known: Sequence[int], is_probe_due: bool, limit: int) -> bool:
+        """Takes rows until the group has `limit`, or a step; True when the stream moved or may have more."""
+        group = self.group
         before = stream.position
         try:
             while len(group.batch.rows) < limit:

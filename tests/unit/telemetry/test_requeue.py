@@ -347,3 +347,32 @@ def test_the_newest_lines_come_first_however_long_they_are(world: World, length:
     path.write_bytes(b"".join(b"%d" % n + b"x" * min(length, MAX_LINE_BYTES - 2) + b"\n" for n in range(40)))
     assert [line[:2].strip(b"x") for line in newest_first(path, 30)] == [b"%d" % n for n in range(39, 9, -1)]
     assert list(newest_first(world.spool / "nowhere", 5)) == []
+
+
+def test_a_long_backlog_of_one_stream_keeps_neither_another_nor_a_file_of_letters_waiting(world: World) -> None:
+    first, second = world.writer("os"), world.writer("os")
+    for txn in range(1, 1001):
+        first.final(final(txn))
+    second.final(final(1, "late"))
+    world.turn()
+    append_dead_letters(world.spool, [DeadLetter(Row(*final(2, "again")[1:-1]), "no", None)])
+    retry(world)
+    gatherer = Gatherer(world.spool, 100, world.log, world.clock)
+    gatherer.gather(False)
+    rows = [row.request_id for row in gatherer.group.batch.rows]
+    assert "late" in rows
+    assert [row.request_id for row in gatherer.group.requeued] == ["again"]
+    gatherer.close()
+
+
+def test_what_one_stream_leaves_of_its_share_is_taken_by_those_that_have_more(world: World) -> None:
+    streams = [world.writer("os") for _ in range(4)]
+    for txn in range(1, 301):
+        streams[2].final(final(txn))
+    for spool in streams:
+        spool.final(final(1000))
+    world.turn()
+    gatherer = Gatherer(world.spool, 100, world.log, world.clock)
+    gatherer.gather(False)
+    assert len(gatherer.group.batch.rows) == 100
+    gatherer.close()
