@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from proxyd.cli.output import fail, put
+from proxyd.cli.output import fail, printable, put
 from proxyd.cli.part import read_part, read_password, refuse_unreadable
 from proxyd.cli.tables import size, span, table
 from proxyd.clock import SYSTEM, Clock
@@ -65,7 +65,7 @@ _REMEDY = "ask as root or as the daemon's user: sudo -u proxyd proxyd spool"
 
 def _retry(state_dir: Path, directory: Path, as_json: bool) -> int:
     """A rename is whole or not there; the telemetry process finds the file by its name (telemetry/requeue.py)."""
-    count = LineCount(directory / DEAD_LETTERS).count()
+    count = LineCount(directory / DEAD_LETTERS).count_all()
     path = new_requeue_path(directory)
     try:
         os.rename(directory / DEAD_LETTERS, path)
@@ -105,7 +105,7 @@ def _cursors(part: Part, environ: Mapping[str, str]) -> tuple[dict[str, Cursor] 
 def _document(found: Survey, directory: Path, spool_max: int, clock: Clock) -> dict[str, Any]:
     now = clock.wall()
     letters = [_letter(line) for line in newest_first(directory / DEAD_LETTERS, SHOWN)]
-    count = LineCount(directory / DEAD_LETTERS).count()
+    count = LineCount(directory / DEAD_LETTERS).count_all()
     streams = sorted(found.streams, key=lambda one: one.bytes, reverse=True)
     counted = [one.rows for one in streams]
     return {
@@ -174,7 +174,7 @@ def _page(document: dict[str, Any]) -> str:
         lines += ["", *table(["stream", "epoch", "state", "segments", "bytes", "rows", "open", "oldest"], cells)]
         lines += _more(document["more_streams"], "streams")
     if document["files"]:
-        cells = [[one["file"], str(one["bytes"]), one["kind"]] for one in document["files"]]
+        cells = [[printable(one["file"]), str(one["bytes"]), one["kind"]] for one in document["files"]]
         lines += [
             "",
             *table(["file that is not read", "bytes", "kind"], cells),
@@ -185,8 +185,9 @@ def _page(document: dict[str, Any]) -> str:
     for letter in dead["newest"]:
         row = letter["row"]
         if row is not None:
-            lines.append(f"  {utc_text(row['created_at'])} user {row['user_id']} {row['tenant']} {row['request_id']}")
-        lines.append(f"    {letter['reason']}" if row is not None else f"  {letter['reason']}")
+            names = f"{printable(row['tenant'])} {printable(row['request_id'])}"
+            lines.append(f"  {utc_text(row['created_at'])} user {row['user_id']} {names}")
+        lines.append(f"{'    ' if row is not None else '  '}{printable(letter['reason'])}")
     lines += _more(dead["more"], "in dead-letter.jsonl")
     if dead["rows"]:
         lines.append("`proxyd spool --retry` gives them to the store once more")

@@ -124,6 +124,16 @@ class LineCount:
             self._inode = self._counted = self._lines = 0
         return self._lines
 
+    def count_all(self) -> int:
+        """The same to the end of the file, a last line without its end included: what it takes, for a command."""
+        lines, before = self.count(), -1
+        while self._counted != before:
+            before, lines = self._counted, self.count()
+        with contextlib.suppress(OSError), self._path.open("rb") as file:
+            file.seek(max(0, self._counted - 1))
+            lines += file.read(1) not in (b"", b"\n")
+        return lines
+
     def _count_more(self) -> None:
         with self._path.open("rb") as file:
             file.seek(self._counted)

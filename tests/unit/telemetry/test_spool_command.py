@@ -228,3 +228,22 @@ def test_a_spool_too_large_to_be_counted_is_told_in_bytes(
     document = told(world, capsys)
     assert (document["rows"], document["streams"][0]["rows"]) == (None, None)
     assert document["streams"][0]["bytes"] > 0
+
+
+def test_what_a_dead_letter_holds_moves_no_cursor_of_a_terminal(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = Row(*final(1)[1:-1])._replace(tenant="a\x1b[2J", request_id="r\r\x9b1A")
+    append_dead_letters(world.spool, [DeadLetter(row, "no\x1b]0;title\x07", None)])
+    (world.spool / "odd\x1b[31m").write_text("mine")
+    assert command(world.state_dir) == 0
+    page = capsys.readouterr().out
+    assert not {"\x1b", "\r", "\x9b", "\x07"} & set(page)
+    assert "a\\x1b[2J r\\x0d\\x9b1A" in page
+
+
+def test_all_lines_are_counted_however_long_the_file_is(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    path = world.spool / DEAD_LETTERS
+    path.write_bytes((b"x" * 1023 + b"\n") * 20_000 + b"the last has no end")
+    assert told(world, capsys)["dead_letters"]["rows"] == 20_001
+    assert told(world, capsys, "--retry")["rows"] == 20_001
