@@ -16,6 +16,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+# Tenants and upstreams may hold any character; the server's own default is latin1 in MariaDB.
+CHARSET, COLLATION = "utf8mb4", "utf8mb4_unicode_ci"
+
 
 class Column(NamedTuple):
     """`fill`: what rows get that were there before the column was added; "" for a column that is never added."""
@@ -34,6 +37,13 @@ class Column(NamedTuple):
         """The type without its character set, in the words of information_schema."""
         return self.type.partition(" CHARACTER")[0].lower()
 
+    @property
+    def added_ddl(self) -> str:
+        """For a table that is there already: its own character set may be any, ours is said at each text column."""
+        is_ours = self.type.startswith("VARCHAR") and "CHARACTER SET" not in self.type
+        text = f" CHARACTER SET {CHARSET} COLLATE {COLLATION}" if is_ours else ""
+        return f"{self.name} {self.type}{text} {self.more} DEFAULT {self.fill}"
+
 
 class Table(NamedTuple):
     """`indexes`: name to columns; the primary key is the index PRIMARY."""
@@ -48,7 +58,7 @@ class Table(NamedTuple):
         for name, columns in self.indexes.items():
             lines.append(f"{'PRIMARY KEY' if name == 'PRIMARY' else f'KEY {name}'} ({', '.join(columns)})")
         body = ",\n  ".join(lines)
-        options = "ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_unicode_ci"
+        options = f"ENGINE=InnoDB DEFAULT CHARSET={CHARSET} COLLATE={COLLATION}"
         return f"CREATE TABLE {self.name} (\n  {body}\n) {options}"
 
 
@@ -173,7 +183,7 @@ def _columns(table: Table, there: dict[str, _Live]) -> Iterator[Finding]:
     missing = [column for column in table.columns if column.name not in there]
     added = [column for column in missing if column.fill]
     if added and len(added) == len(missing):
-        parts = ", ".join(f"ADD COLUMN {column.ddl} DEFAULT {column.fill}" for column in added)
+        parts = ", ".join(f"ADD COLUMN {column.added_ddl}" for column in added)
         names = ", ".join(column.name for column in added)
         words = "is missing" if len(added) == 1 else "are missing"
         yield Finding(

@@ -79,9 +79,11 @@ def test_the_printed_statements_make_the_same_schema(mariadb: Database, address:
     assert inspect(address) == []
 
 
+@pytest.mark.parametrize("charset", ["latin1", "utf8mb4"])
 async def test_the_founding_table_gets_what_it_lacks_and_keeps_its_rows(
-    mariadb: Database, address: MysqlAddress
+    mariadb: Database, address: MysqlAddress, charset: str
 ) -> None:
+    mariadb.query(f"ALTER DATABASE CHARACTER SET {charset}")
     mariadb.query(FOUNDING)
     mariadb.query(
         "INSERT INTO sys_ai_transactions (user_id, model_id, prompt_tokens, completion_tokens) VALUES (7,1,2,3)"
