@@ -28,7 +28,7 @@ CREATE TABLE sys_ai_transactions (
     created_at TIMESTAMP DEFAULT CURRENT_TIMESTAMP,
     PRIMARY KEY (transaction_id),
     INDEX idx_user_time (user_id, created_at)
-) ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_unicode_ci
+) ENGINE=InnoDB
 """
 NAMES = [table.name for table in TABLES]
 

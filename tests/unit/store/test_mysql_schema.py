@@ -48,7 +48,8 @@ def test_missing_columns_are_one_statement_with_what_old_rows_get() -> None:
     kept = [column for column in columns if column[1] not in ("tenant", "attempts")]
     (finding,) = compare(tables, kept, indexes)
     assert finding.statement == (
-        "ALTER TABLE sys_ai_transactions ADD COLUMN tenant VARCHAR(64) NOT NULL DEFAULT 'default',"
+        "ALTER TABLE sys_ai_transactions ADD COLUMN tenant VARCHAR(64)"
+        " CHARACTER SET utf8mb4 COLLATE utf8mb4_unicode_ci NOT NULL DEFAULT 'default',"
         " ADD COLUMN attempts TINYINT NOT NULL DEFAULT 1"
     )
     assert finding.stops
