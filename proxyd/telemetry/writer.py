@@ -34,7 +34,7 @@ at most: one in flight when it came, and its own. Until then nobody looks; what 
 due. An idle writer is woken by the kernel (wake.py).
 
 Bounds: a group holds `batch_rows` finals, waits `linger` for company; while the store fails exactly one group is in
-memory and the spool grows instead; retries back off (trouble.py), also in a stop; a stop drains for at most DRAIN_S.
+memory and the spool grows instead; retries back off (trouble.py), also in a stop, which drains for DRAIN_S (hurry.py).
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from proxyd.store.schema import OpenTransaction, Row, Store, StoreError
 from proxyd.telemetry.committed import Committed
 from proxyd.telemetry.desk import Accounts, Ceiling, Desk
 from proxyd.telemetry.gather import PROBE_S, Gatherer, Group
+from proxyd.telemetry.hurry import Hurried
 from proxyd.telemetry.lock import LOCK_NAME, only_one
 from proxyd.telemetry.making import make_patiently
 from proxyd.telemetry.questions import Channel
@@ -156,7 +157,8 @@ class Writer:
         enter: Callable[[State], None] = lambda state: None,
         desk: Desk | None = None,
     ) -> None:
-        self._directory, self._store, self._settings = directory, store, settings
+        self._directory, self._settings = directory, settings
+        self._store = Hurried(store, stop, self._time_left)
         self._log, self._stop, self._clock = log, stop, clock
         self._spool_bytes = metrics.gauge("proxyd_telemetry_spool_bytes")
         self._tally = Tally(metrics, directory, settings.spool_max)
@@ -189,7 +191,7 @@ class Writer:
                     return
             while True:
                 is_idle = await self.step()
-                if self._has_given_up or self._is_out_of_time() or (is_idle and self._is_drained()):
+                if self._has_given_up or self._is_over(is_idle):
                     return
                 self._measure()
                 if not await self.attend():
@@ -226,6 +228,7 @@ class Writer:
             try:
                 if not self._is_open:  # now: questions would have no answer until the next group
                     await self._open_store()
+                if self._is_quiet:  # while rows wait, only a commit tells that they are taken
                     self._on_works()
                 if self._desk is not None and self._desk.waiting:
                     await self._desk.serve(self._store, self._is_quiet)
@@ -252,7 +255,6 @@ class Writer:
         except (StoreError, OSError) as error:
             self._on_failure(error)
             return False
-        self._on_works()
         return True
 
     def _is_due(self) -> bool:
@@ -275,12 +277,9 @@ class Writer:
             waited = max(waited, self._clock.wall() - min(group.accepted_at))
         return self._settings.linger_s - waited
 
-    def _is_drained(self) -> bool:
-        """True when a stop was asked for and nothing more can come."""
-        return self._stop.is_set() and not self._gatherer.streams
-
-    def _is_out_of_time(self) -> bool:
-        return self._stop.is_set() and self._clock.monotonic() >= self._deadline()
+    def _is_over(self, is_idle: bool) -> bool:
+        """True when a stop was asked for, and nothing more can come or its time is up."""
+        return self._stop.is_set() and ((is_idle and not self._gatherer.streams) or self._time_left() <= 0)
 
     def _wait(self, is_idle: bool, sleeper: Sleeper) -> float:
         """How long until the next look. A question, a stop, and a write to an idle spool end it early."""
@@ -302,10 +301,11 @@ class Writer:
             self._poll_s = min(self._poll_s * 2, IDLE_MAX_S)
         return min(wait, max(0.0, self._retention.due_at - self._clock.monotonic()))
 
-    def _deadline(self) -> float:
+    def _time_left(self) -> float:
+        """Of a stop, which begins when this is asked first."""
         if self._drain_until is None:
             self._drain_until = self._clock.monotonic() + self._settings.drain_s
-        return self._drain_until
+        return self._drain_until - self._clock.monotonic()
 
     async def _store_group(self) -> bool:
         """Commits the group, then removes what it made superfluous. False when told to stop while the store fails."""
@@ -382,7 +382,7 @@ class Writer:
             self._desk.fail()
         waiting = self._gatherer.waiting_bytes()
         self._spool_bytes.set(waiting)
-        left_s = self._deadline() - self._clock.monotonic() if self._stop.is_set() else None
+        left_s = self._time_left() if self._stop.is_set() else None
         rows = len(self._gatherer.group.batch.rows)
         self._pause_s = self._trouble.on_failure(error, left_s, rows, waiting)
 
