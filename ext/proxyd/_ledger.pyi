@@ -102,4 +102,4 @@ class Writer:
     def account(self, user_id: int) -> Account | None:
         """The user's row, made when there is none; None: the table is full."""
     def tenant(self, key: int) -> Tenant:
-        """The row of a 64-bit key, or the overflow row."""
+        """The row of a 64-bit key, or one of those that all without a row share."""

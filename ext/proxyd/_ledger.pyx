@@ -7,9 +7,9 @@ order of their stores are to be read in one place.
 
     | rows taken | overflow |                                                                        a page
     | index of users      row + 1, open addressing, linear probing                                   a word each
-    | keys of tenants     open addressing, over the rows themselves                                  a word each
+    | keys of tenants     open addressing, over the rows themselves; behind them the shared rows'    a word each
     | rows of users       head: 32 words | slot 0: held running settled settled_at | slot 1 | ...    taken in order
-    | rows of tenants     _limits.pyx; one more, the last, for all that found no room
+    | rows of tenants     _limits.pyx; SHARED_TENANTS more, the last, for all that found no room, by their keys
 
 | word | who writes it | how |
 |---|---|---|
@@ -45,6 +45,7 @@ Sums = namedtuple("Sums", "held running settled")
 cdef enum:
     LINE = 8
     PAGE = 512
+    SHARED_TENANTS = 64
     HEAD_TAKEN = 0
     HEAD_OVERFLOW = LINE
     PROBES = 512  # the index is at most half full: a walk of more than a hundred is a bug, and may not be endless
@@ -120,7 +121,7 @@ cdef class Table(Cells):
         self.tenant_words = tenant_words(permits)
         self.index = self.p + PAGE
         self.keys = self.index + _up(self.index_words, PAGE)
-        self.user_rows = self.keys + _up(tenants, PAGE)
+        self.user_rows = self.keys + _up(tenants + SHARED_TENANTS, PAGE)
         self.tenant_rows = self.user_rows + _up(users * self.user_words, PAGE)
 
     @staticmethod
@@ -136,9 +137,9 @@ cdef class Table(Cells):
         return 8 * (
             PAGE
             + _up(_index_words(users), PAGE)
-            + _up(tenants, PAGE)
+            + _up(tenants + SHARED_TENANTS, PAGE)
             + _up(users * _user_words(slots), PAGE)
-            + _up((tenants + 1) * tenant_words(permits), PAGE)
+            + _up((tenants + SHARED_TENANTS) * tenant_words(permits), PAGE)
         )
 
     cdef inline uint64_t* user_row(self, Py_ssize_t row) noexcept nogil:
@@ -152,8 +153,7 @@ cdef class Table(Cells):
         return self.max_users if n > <uint64_t> self.max_users else <Py_ssize_t> n
 
     cdef inline bint is_in_use(self, Py_ssize_t tenant) noexcept nogil:
-        """The overflow row always is: its `high` says how little there is to see."""
-        return tenant == self.max_tenants or px_word_load(self.keys + tenant) != 0
+        return px_word_load(self.keys + tenant) != 0
 
     @property
     def users(self):
@@ -201,7 +201,7 @@ cdef class Table(Cells):
                 px_word_store(cells + HELD, 0)
             if px_cell_get(cells + RUNNING):
                 px_word_store(cells + RUNNING, 0)
-        for i in range(self.max_tenants + 1):
+        for i in range(self.max_tenants + SHARED_TENANTS):
             if self.is_in_use(i):
                 freed += free_permits(self.tenant_row(i), self.permits, slot)
         return freed
@@ -215,7 +215,7 @@ cdef class Table(Cells):
             for k in range(self.slots):
                 held += signed_word(row + k * SLOT_WORDS + HELD)
                 running += signed_word(row + k * SLOT_WORDS + RUNNING)
-        for i in range(self.max_tenants + 1):
+        for i in range(self.max_tenants + SHARED_TENANTS):
             if self.is_in_use(i):
                 permits += count_permits(self.tenant_row(i), self.permits)
         return held, running, permits
@@ -290,7 +290,9 @@ cdef class Writer:
             at += 1
             if at == t.max_tenants:
                 at = 0
-        return self._tenant(t.max_tenants)
+        at = t.max_tenants + <Py_ssize_t> (_mix(key) % SHARED_TENANTS)
+        px_word_store(t.keys + at, 1)
+        return self._tenant(at)
 
 
 # --- a user ----------------------------------------------------------------------------------------------------------

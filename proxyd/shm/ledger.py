@@ -10,7 +10,7 @@ the store: they are arguments, or numbers that others put here (ext _ledger, _li
 Invariants: nothing here waits for another process, whatever state it died in. Rows are never freed: the memory that is
 in use grows with the users and tenants that were seen since the node started, not with the mapping.
 Bounds: `users` rows; one user more has a row in a table of this process alone, which telemetry does not see and which
-starts anew when it is full, too. `tenants` rows; all tenants beyond share one, its limits included.
+starts anew when it is full, too. `tenants` rows; all tenants beyond share 64, limits included, by their names' hash.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from proxyd._limits import PERMITS_MAX, Tenant, Window
 
 __all__ = ["Account", "Ledger", "SlotLedger", "Standing", "Sums", "Tenant", "Totals", "Window"]
 
-USERS = 131_072
-TENANTS = 4_096
+USERS = 1_048_576
+TENANTS = 32_768
 # Half of the address space that the ledger may take, for each of its two parts. Untouched pages cost nothing, so
-# this bounds what `ps` shows, not memory; 122 slots still have all rows, 4,096 slots have 4,000.
+# this bounds what `ps` shows, not memory; 8 slots still have all rows, 4,096 slots have 4,000 users'.
 _PART_BYTES = 512 << 20
 _TENANTS_LEAST = 256
+_TENANTS_SHARED = 64  # rows behind them, for those that found none
 _PERMITS_LEAST = 1_024  # a reload may bring a limit where there was none
 _PRIVATE_USERS = 65_536  # 20 MB of this process's own when full
 _NAMES = 8_192  # tenants that a process knows by name; looked up anew beyond, for 2 us
@@ -61,7 +62,8 @@ class Ledger:
         for when rows are very large. Errors: ValueError for counts out of range, OSError when there is no memory."""
         permits = min(max(permits, _PERMITS_LEAST), PERMITS_MAX)
         users = max(1, min(users, _PART_BYTES // (256 + 32 * slots)))
-        tenants = max(min(tenants, _TENANTS_LEAST), min(tenants, _PART_BYTES // (4_224 + 8 * permits)))
+        most = _PART_BYTES // (4_224 + 8 * permits) - _TENANTS_SHARED
+        tenants = max(min(tenants, _TENANTS_LEAST), min(tenants, most))
         size = Table.measure(slots, users, tenants, permits)
         memory = mmap.mmap(-1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
         return cls(Table(memory, slots, users, tenants, permits))
@@ -103,7 +105,7 @@ class SlotLedger:
         return self._alone(user_id) if account is None else account
 
     def tenant(self, name: str) -> Tenant:
-        """The tenant's row; that of all late-comers (`is_own` false) when the table is full."""
+        """The tenant's row; one that late-comers share (`is_own` false) when the table is full."""
         tenant = self._tenants.get(name)
         if tenant is None:
             tenant = self._writer.tenant(_key(name))

@@ -160,14 +160,22 @@ def test_the_private_table_starts_anew_when_it_is_full_and_old_accounts_stay_val
     assert hand.account(2).sums() == Sums(0, 0, 0)
 
 
-def test_tenants_too_many_share_one_row_and_know_it() -> None:
+def test_tenants_too_many_share_few_rows_and_know_it() -> None:
     ledger = small(tenants=2)
-    hand = ledger.at(0, 1)
-    assert [hand.tenant(name).is_own for name in ("a", "b", "c", "d", "a")] == [True, True, False, False, True]
-    assert hand.tenant("c").acquire(1, 1) == 0
-    assert ledger.at(1, 1).tenant("d").acquire(1, 1) == -1
-    assert ledger.totals()[1:] == (2, 0, 0, 1, 3)
-    assert ledger.reclaim(0) == 1
+    hand, other = ledger.at(0, 1), ledger.at(1, 1)
+    assert [hand.tenant(name).is_own for name in ("a", "b", "c", "a")] == [True, True, False, True]
+    rows: dict[int, list[str]] = {}
+    for n in range(500):
+        rows.setdefault(other.tenant(f"t{n}").row, []).append(f"t{n}")
+    assert len(rows) == 64
+    one, two, *_ = next(iter(rows.values()))
+    assert hand.tenant(one).acquire(1, 1) == 0
+    assert other.tenant(two).acquire(1, 1) == -1
+    for names in list(rows.values())[1:]:
+        assert other.tenant(names[0]).acquire(1, 1) == 0
+    totals = ledger.totals()
+    assert (totals.tenants, totals.permits, totals.overflow) == (2, 64, 502)
+    assert (ledger.reclaim(0), ledger.reclaim(1)) == (1, 63)
     assert ledger.totals().permits == 0
 
 
@@ -288,7 +296,12 @@ def test_a_slot_that_is_not_there_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("slots", "permits", "users", "tenants"),
-    [(1, 0, 131_072, 4_096), (120, 15_000, 131_072, 4_096), (4_096, 10**12, 4_000, 480)],
+    [
+        (1, 0, 1_048_576, 32_768),
+        (8, 1_024, 1_048_576, 32_768),
+        (120, 15_000, 131_072, 4_096),
+        (4_096, 10**12, 4_000, 416),
+    ],
 )
 def test_the_mapping_stays_within_a_gigabyte_and_untouched_pages_cost_nothing(
     slots: int, permits: int, users: int, tenants: int
