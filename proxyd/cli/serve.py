@@ -99,7 +99,7 @@ def run(
                 enter=beat.enter,
                 ledger=ledger,
                 questions=questions,
-                started_at=region.started_at,
+                epoch=birth.epoch,
             )
 
         return run_telemetry(birth, region, log, serve)

@@ -191,7 +191,7 @@ class Master:
 
     def _spawn(self, slot: Slot) -> None:
         now = time.monotonic()
-        epoch = new_epoch()
+        epoch = new_epoch(self._beat.epoch)
         beat = Beat(self._region, slot.number) if slot.has_beats else None
         if beat is not None:
             beat.birth(0, epoch, now)

@@ -4,7 +4,7 @@ Owns: the series of stored rows and their lag. Must not know: when or how a grou
 
 Which rows are in the ledger's `stored`: the finals that a worker of this node's life wrote, for it settled them too.
 The rows of a dead worker's requests were settled by nobody: they are now, and count as stored, too. Not in `stored` are
-what was accepted before the node's start and settled in another ledger, rows that were set aside, and those that were
+the rows of streams of another life of the node, which were settled in another ledger, rows that were set aside, and those that were
 re-queued later.
 """
 
@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from proxyd.clock import Clock
+from proxyd.ids import is_same_life
 from proxyd.telemetry.desk import Desk
 from proxyd.telemetry.gather import Group
+from proxyd.telemetry.segment import epoch_of
 from proxyd.telemetry.spoolio import SpoolLog
 from proxyd.telemetry.tally import Tally
 
@@ -34,11 +36,10 @@ class Metrics(Protocol):
 
 
 class Committed:
-    """One a process. `started_at`: the node's start in wall seconds; `dead_letters`: where refused rows are."""
+    """One a process. `epoch`: this process's own, of the node's life; `dead_letters`: where refused rows are."""
 
     __slots__ = (
-        "_clock", "_dead", "_dead_letters", "_desk", "_interrupted", "_lag", "_log", "_started_at", "_stored",
-        "_tally",
+        "_clock", "_dead", "_dead_letters", "_desk", "_epoch", "_interrupted", "_lag", "_log", "_stored", "_tally",
     )  # fmt: skip
 
     def __init__(
@@ -46,12 +47,12 @@ class Committed:
         metrics: Metrics,
         tally: Tally,
         desk: Desk | None,
-        started_at: float,
+        epoch: int,
         dead_letters: Path,
         log: SpoolLog,
         clock: Clock,
     ) -> None:
-        self._tally, self._desk, self._started_at = tally, desk, started_at
+        self._tally, self._desk, self._epoch = tally, desk, epoch
         self._dead_letters, self._log, self._clock = dead_letters, log, clock
         self._stored = metrics.counter("proxyd_telemetry_rows_total", state="stored")
         self._interrupted = metrics.counter("proxyd_telemetry_rows_total", state="interrupted")
@@ -77,11 +78,13 @@ class Committed:
         for accepted_at in group.accepted_at:
             self._lag.record(max(0.0, now - accepted_at))
         if self._desk is not None:
+            # By the stream and not by time: a wall clock that is set back makes young rows look old.
+            streams = group.streams_of_rows() if group.accepted_at else {}
+            first = len(group.accepted_at)  # finals stand first, behind them interrupted and re-queued rows
             self._desk.count_stored(
-                row  # finals stand first, so this ends where interrupted and re-queued rows begin
-                for row, accepted_at in zip(group.batch.rows, group.accepted_at, strict=False)
-                if accepted_at >= self._started_at and id(row) not in aside
+                row
+                for row in group.batch.rows[:first]
+                if id(row) not in aside and is_same_life(epoch_of(streams[id(row)]), self._epoch)
             )
-            first = len(group.accepted_at)
             interrupted = group.batch.rows[first : first + len(group.interrupted)]
             self._desk.count_interrupted(row for row in interrupted if id(row) not in aside)

@@ -48,6 +48,8 @@ class Group:
     since: float | None = None
     requeue: Requeue | None = None  # the file that was read for this group
     requeued: list[Row] = field(default_factory=list)  # its rows, not looked up yet
+    passed_over: list[Row] = field(default_factory=list)  # those of them that seem to be stored
+    _requeued_at: int | None = None  # where its rows begin
     _origins: list[tuple[int, str]] = field(default_factory=list)  # (first row, stream), ascending
     _aside: dict[int, Row] = field(default_factory=dict)  # the rows that are dead letters already, by id()
 
@@ -67,27 +69,34 @@ class Group:
         if self.requeue is None or not self.requeued:
             return
         self.begin(self.requeue.name)
-        here = set(map(identity, self.batch.rows))
+        rows = self.batch.rows
+        if self._requeued_at is None:
+            self._requeued_at = len(rows)
+        streams, letters = set(map(identity, rows[: self._requeued_at])), set(rows[self._requeued_at :])
         while self.requeued:
             row = self.requeued[0]
-            if identity(row) not in here and not await is_held(store, row):
-                self.batch.rows.append(row)
-                here.add(identity(row))
+            if identity(row) in streams or row in letters or await is_held(store, row):
+                self.passed_over.append(row)
+            else:
+                rows.append(row)
+                letters.add(row)
             del self.requeued[0]
+        self.requeue.keep_passed_over(self.passed_over)
 
     def set_aside(self, directory: Path, refused: Sequence[tuple[Row, str]]) -> None:
         """Makes dead letters of rows of this group that are none yet: a commit may be tried more than once."""
         fresh = [(row, reason) for row, reason in refused if id(row) not in self._aside]
         if not fresh:
             return
-        origins = self._streams_of_rows()
+        origins = self.streams_of_rows()
         cursors = self.batch.cursors
         append_dead_letters(
             directory, [DeadLetter(row, reason, cursors.get(origins.get(id(row), ""))) for row, reason in fresh]
         )
         self._aside.update((id(row), row) for row, _ in fresh)
 
-    def _streams_of_rows(self) -> dict[int, str]:
+    def streams_of_rows(self) -> dict[int, str]:
+        """The stream that each row came from, by the row's id()."""
         found: dict[int, str] = {}
         rows, ends = self.batch.rows, [first for first, _ in self._origins[1:]]
         for (first, stream), end in zip(self._origins, [*ends, len(rows)], strict=True):
@@ -350,6 +359,9 @@ class Gatherer:
         for stream, _ in group.ended:
             del self.streams[stream.name]
             self._finished.add(stream.name)
+        if group.requeue is not None and group.passed_over:
+            file = str(group.requeue.skipped_path)
+            self._log.warning("requeue_passed_over", rows=len(group.passed_over), file=file)
         if group.requeue is not None and group.requeue.is_ended:
             self._remove_requeue(group.requeue)
 

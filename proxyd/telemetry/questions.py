@@ -15,7 +15,7 @@ questions a socket, and then a send says so.
 Wiring (cli/serve.py):
     channel = Channel.create(workers)                  in the master, before the first fork
     channel.keep_asking(slot)                          in a worker: its end, for worker.asking.Asker
-    writer.run(..., ledger=ledger, questions=channel, started_at=region.started_at)      in the telemetry process
+    writer.run(..., ledger=ledger, questions=channel, epoch=birth.epoch)      in the telemetry process
 """
 
 from __future__ import annotations

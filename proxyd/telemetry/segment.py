@@ -2,14 +2,15 @@
 
 Owns: file names, the segment header, the spool directory's place. Must not know: records, who writes or reads.
 
-A stream is the life of one writing process: (slot, epoch, nonce). It is a row of segments, numbered from 1 without
-gaps, of which only the newest is written. Names:
+A stream is the life of one writing process: (slot, epoch, nonce); the epochs of one node's life go together (ids.py). It
+is a row of segments, numbered from 1 without gaps, of which only the newest is written. Names:
   003-89abcdef-0123456789abcdef-000001.spool   slot, epoch, nonce, sequence: a segment
   .new-<segment name>                          a segment being made; it becomes one by rename, complete and locked
   <segment name>.damaged                       a consumed segment whose end is garbage, more than one torn write leaves
   dead-letter.jsonl                            rows that the store refused for what they hold
   requeue-<16 hex>.jsonl                       such rows on their way to the store once more (requeue.py)
   requeue-<16 hex>.jsonl.bad                   lines of one that are no rows
+  requeue-<16 hex>.jsonl.skipped               rows of one that seem to be stored
 
 Header (56 bytes, little-endian): magic 8 | version u16 | slot u16 | epoch u32 | nonce u64 | sequence u32 | pid u32 |
   created f64 | carried_from u64 | carried_bytes u32 | CRC-32 u32
@@ -43,10 +44,10 @@ HEADER_BYTES = _HEADER.size + _CRC.size
 NEW_PREFIX = ".new-"
 DAMAGED_SUFFIX = ".damaged"
 DEAD_LETTERS = "dead-letter.jsonl"
-REQUEUE_SUFFIX, BAD_SUFFIX = ".jsonl", ".bad"
+REQUEUE_SUFFIX, BAD_SUFFIX, SKIPPED_SUFFIX = ".jsonl", ".bad", ".skipped"
 _NAME = re.compile(r"(\d{3,5}-[0-9a-f]{8}-[0-9a-f]{16})-(\d{6,10})\.spool")
 _REQUEUE = re.compile(r"(requeue-[0-9a-f]{16})\.jsonl")
-_REQUEUE_BAD = re.compile(r"requeue-[0-9a-f]{16}\.jsonl\.bad")
+_REQUEUE_BAD = re.compile(r"requeue-[0-9a-f]{16}\.jsonl\.(bad|skipped)")
 
 
 class SpoolError(Exception):
@@ -108,6 +109,11 @@ def ensure_spool_dir(state_dir: str | Path) -> Path:
 
 def stream_name(slot: int, epoch: int, nonce: int) -> str:
     return f"{slot:03d}-{epoch:08x}-{nonce:016x}"
+
+
+def epoch_of(stream: str) -> int:
+    """The epoch in a stream's name."""
+    return int(stream.split("-")[1], 16)
 
 
 def segment_name(stream: str, sequence: int) -> str:

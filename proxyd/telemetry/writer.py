@@ -94,7 +94,7 @@ class Settings:
     batch_rows: int
     retention_s: float
     drain_s: float = DRAIN_S
-    started_at: float = 0.0  # wall seconds of the node's start: rows accepted before are not in its ledger
+    epoch: int = 0  # this process's own: of its node's life are the streams whose epochs go with it
     spool_max: int = 0
 
 
@@ -110,12 +110,12 @@ async def run(
     enter: Callable[[State], None] = lambda state: None,
     ledger: Accounts | None = None,
     questions: Channel | None = None,
-    started_at: float = 0.0,
+    epoch: int = 0,
 ) -> None:
     """The telemetry process's life: returns when `stop` is set and all closed streams are stored, or `drain_s` later.
 
     `enter` is told what status shows of the process: waiting for another's lock, failing, ready. `ledger` (the node's
-    shm.ledger.Ledger), `questions` (the node's Channel) and `started_at` (region.started_at) belong together: without
+    shm.ledger.Ledger), `questions` (the node's Channel) and `epoch` (of this process's birth) belong together: without
     them nobody is told what users have spent.
     Raises SpoolError when server.state_dir is missing or not ours; nothing else that the disk or the database does
     ends it.
@@ -123,7 +123,7 @@ async def run(
     directory = ensure_spool_dir(config.server.state_dir)
     telemetry = config.telemetry
     settings = Settings(
-        telemetry.linger, telemetry.batch_rows, telemetry.retention, drain_s, started_at, telemetry.spool_max
+        telemetry.linger, telemetry.batch_rows, telemetry.retention, drain_s, epoch, telemetry.spool_max
     )
     async with only_one(Path(config.server.state_dir) / LOCK_NAME, stop, log, clock, enter) as is_ours:
         if is_ours:
@@ -163,7 +163,7 @@ class Writer:
         self._spool_bytes = metrics.gauge("proxyd_telemetry_spool_bytes")
         self._tally = Tally(metrics, directory, settings.spool_max)
         letters = directory / DEAD_LETTERS
-        self._committed = Committed(metrics, self._tally, desk, settings.started_at, letters, log, clock)
+        self._committed = Committed(metrics, self._tally, desk, settings.epoch, letters, log, clock)
         self._gatherer = Gatherer(directory, settings.batch_rows, log, clock)
         self._desk = desk
         self._retention = Retention(settings.retention_s, log, clock)

@@ -89,7 +89,7 @@ class Node:
         async def life() -> None:
             stop = asyncio.Event()
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-            shared = {"ledger": self.ledger, "questions": self.channel, "started_at": self.region.started_at}
+            shared = {"ledger": self.ledger, "questions": self.channel, "epoch": 1}
             self.beat.enter(State.READY)
             await run(config, None, Meters(), FileLog(self.log), stop, enter=self.beat.enter, **shared)
 

@@ -4,7 +4,7 @@ import pytest
 
 from proxyd.clock import SYSTEM, FakeClock
 from proxyd.errors import ConfigError, Finding, Refusal, UpstreamError, UpstreamErrorKind
-from proxyd.ids import is_request_id, new_epoch, new_request_id
+from proxyd.ids import is_request_id, is_same_life, new_epoch, new_request_id
 
 
 @pytest.mark.parametrize(
@@ -90,3 +90,11 @@ def test_anything_else_is_no_id(value):
 
 def test_an_epoch_is_a_nonzero_word():
     assert all(0 < new_epoch() < 1 << 32 for _ in range(100))
+
+
+def test_the_epochs_of_one_life_differ_and_go_together_and_with_no_others():
+    for life in (new_epoch(), 1, 0xFFFF0000, 0xFFFFFFFF):
+        epochs = {new_epoch(life) for _ in range(20)}
+        assert len(epochs) > 10
+        assert all(0 < epoch < 1 << 32 and is_same_life(epoch, life) for epoch in epochs)
+        assert not any(is_same_life(epoch ^ 0x10000, life) for epoch in epochs)

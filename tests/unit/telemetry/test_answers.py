@@ -58,7 +58,6 @@ class Node:
         self.foreign: Counter[int] = Counter()  # of others, committed
         self.known: dict[int, int] = {}  # of others, at the last reading
         self.number = self.deaths = 0
-        self.started_at = world.clock.wall()
         self.born()
 
     def born(self) -> None:
@@ -66,7 +65,7 @@ class Node:
         self.store = SqliteStore(self.world.database, "os")
         self.channel = Channel.create(SLOTS)
         self.desk = Desk(self.channel._answering, self.ledger, Ceiling(), self.world.clock)
-        config = Settings(1.0, 3, 0.0, started_at=self.started_at)
+        config = Settings(1.0, 3, 0.0, epoch=1)
         self.writer = Writer(
             self.world.spool, self.store, config, Meters(), self.world.log, asyncio.Event(), self.world.clock,
             desk=self.desk,
@@ -151,6 +150,7 @@ moves = st.one_of(
     st.tuples(st.just("ask"), slots, users),
     st.tuples(st.just("foreign"), users, tokens),
     st.tuples(st.just("kill")),
+    st.tuples(st.just("clock"), st.sampled_from([-7200.0, -5.0, 90_000.0])),
     st.tuples(st.just("later"), st.floats(0.1, 5.0)),
 )
 
@@ -161,7 +161,7 @@ def test_base_and_settled_are_the_exact_sum_in_any_order_of_events(script: list[
     with TemporaryDirectory() as directory:
         world = World(Path(directory))
         if has_past:  # the spool of an earlier life of the node, not stored yet
-            past = world.writer("os")
+            past = world.writer("os", epoch=77 | 1 << 16)
             for user in USERS:
                 txn = past.new_txn()
                 past.intent(intent(txn, user_id=user))
@@ -197,6 +197,8 @@ async def _play(world: World, script: list[tuple], has_past: bool) -> None:
             for spool in node.spools:  # a worker does so at the end of each turn of its loop
                 spool.flush()
             world.clock.advance(arguments[0])
+        elif name == "clock":  # set by NTP or by hand
+            world.clock.step_wall(arguments[0])
         elif name == "foreign":
             user, count = arguments
             await node.store.commit(Batch(rows=[row(user, count, world.clock.wall())]), lambda refused: None)

@@ -118,10 +118,11 @@ class World:
     def database(self) -> Path:
         return self.state_dir / "telemetry.db"
 
-    def writer(self, durability: str = "second", disk: Disk | None = None, **options: Any) -> SpoolWriter:
-        spool = SpoolWriter(
-            self.spool, 3, 77, durability, self.log, self._turns.append, io=disk or Disk(), clock=self.clock, **options
-        )
+    def writer(
+        self, durability: str = "second", disk: Disk | None = None, *, epoch: int = 77, **options: Any
+    ) -> SpoolWriter:
+        options = {"io": disk or Disk(), "clock": self.clock, **options}
+        spool = SpoolWriter(self.spool, 3, epoch, durability, self.log, self._turns.append, **options)
         self._writers.append(spool)
         self._last = spool
         return spool
