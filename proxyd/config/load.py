@@ -35,7 +35,7 @@ from proxyd.errors import ConfigError, Finding
 # A configuration is some pages of text. Half: nobody would notice; twice: a wrong path (a log) is parsed for seconds.
 MAX_FILE_BYTES = 1024 * 1024
 
-# What may be repeated of a key: no option has a longer name, nor other characters. A tenant is named as one likes.
+# What may be repeated of a key: no option has a longer name, nor other characters; a tenant's is shown with its slip.
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
 _NAME_OF_ANY_LENGTH = re.compile(r"[A-Za-z0-9_-]+")
 _TENANT = re.compile(r"[\w. -]{1,64}")
@@ -95,9 +95,7 @@ def load_part(path: str, wanted: Mapping[str, tuple[str, ...]], environ: Mapping
     config = finder.validate(some)
     if config is not None:
         config.remember_origin(path, lines)
-        for problem in rules.check_part(config):
-            if problem.key[0] in wanted and not finder.is_known_bad(problem.key):
-                finder.add(problem.severity, problem.key, problem.message, problem.remedy)
+        finder.add_all(problem for problem in rules.check_part(config) if problem.key[0] in wanted)
     failed = [finding for finding in finder.findings if finding.severity == "error"]
     if config is None or failed:
         raise ConfigError(failed)
@@ -131,9 +129,7 @@ def parse(text: str, path: str, environ: Mapping[str, str] = os.environ) -> tupl
     config = finder.validate(document)
     if config is not None:
         config.remember_origin(path, lines)
-        for problem in rules.check(config, environ):
-            if not finder.is_known_bad(problem.key):
-                finder.add(problem.severity, problem.key, problem.message, problem.remedy)
+        finder.add_all(rules.check(config, environ))
     findings = sorted(finder.findings, key=lambda finding: (finding.line, finding.key))
     failed = any(finding.severity == "error" for finding in findings)
     return (None if failed else config), findings
@@ -174,6 +170,11 @@ class _Finder:
         name = self.name(key)
         shown = key_text(shown_key(key))
         self.findings.append(Finding(severity, self.path, self.line(key), shown, message, remedy, name))
+
+    def add_all(self, problems: Iterable[rules.Problem]) -> None:
+        for one in problems:
+            if not any(map(self.is_known_bad, (one.key, *one.rests_on))):
+                self.add(one.severity, one.key, one.message, one.remedy)
 
     def name(self, key: KeyPath) -> str:
         """The name of the upstream or model that holds the key, if the file gives it a usable one."""

@@ -33,6 +33,8 @@ class Problem:
     key: KeyPath
     message: str
     remedy: str
+    # What else it was concluded from: where that is in error, this says nothing.
+    rests_on: tuple[KeyPath, ...] = ()
 
 
 def check(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
@@ -269,7 +271,7 @@ def _telemetry(config: Config) -> Iterator[Problem]:
     if not telemetry.password_file:
         return
     if not is_mysql(telemetry.sink):
-        yield Problem("warning", key, "has no effect: SQLite has no password", "remove it")
+        yield Problem("warning", key, "has no effect: SQLite has no password", "remove it", (("telemetry", "sink"),))
     elif has_password(telemetry.sink):
         yield Problem("error", key, "telemetry.sink holds a password, too (not shown)", "take it out of the URL")
 

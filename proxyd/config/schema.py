@@ -127,6 +127,10 @@ Streams = Annotated[int, v.whole(0, MAX_STREAMS, "no limit")]
 Limit = Annotated[int, v.whole(0, 10**12, "no limit")]
 
 
+# A name that no token can have (access/tenants.py) would be a limit for nobody.
+TENANT_NAMES = "1 to 64 letters, digits, dots, underscores and hyphens, the first a letter or digit, as in a token"
+
+
 class TenantLimits(Section):
     """What differs for one tenant; an option left out keeps the general value."""
 
@@ -141,7 +145,7 @@ class Limits(Section):
     concurrent_streams: Streams = option(0, "streams at once; 0 is no limit", reload="restart")
     requests_per_minute: Limit = option(0, "requests in any 60 seconds; 0 is no limit")
     tokens_per_minute: Limit = option(0, "tokens in any 60 seconds; 0 is no limit")
-    tenants: dict[Annotated[str, v.named(r"[!-~]{1,64}", "1 to 64 visible ASCII characters")], TenantLimits] = option(
+    tenants: dict[Annotated[str, v.named(v.NAME_PATTERN, TENANT_NAMES)], TenantLimits] = option(
         {}, "[limits.tenants.NAME] overrides any of them for one tenant"
     )
 

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from proxyd.config.units import UnitError, format_duration, format_size, parse_duration, parse_size
 
-# How an upstream may be called.
+# How an upstream may be called, and a tenant: it is what access/tenants.py takes of a token.
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 # sockaddr_un.sun_path is 108 bytes and ends in a NUL: unix(7).
 MAX_UNIX_PATH = 107

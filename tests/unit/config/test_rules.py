@@ -2,6 +2,8 @@
 
 import pytest
 
+from proxyd.access.tenants import _TENANT, is_tenant
+from proxyd.config.values import NAME_PATTERN
 from tests.unit.config.texts import AUTH, MINIMAL, MODEL, UPSTREAM, findings, keys, only, valid
 
 
@@ -246,3 +248,20 @@ def test_an_openai_base_without_a_path_is_a_warning(url):
     assert "requests will go to /chat/completions" in found.message
     assert '"https://api.openai.com/v1"' in found.remedy
     assert keys(text.replace("url =", 'dialect = "anthropic"\nurl ='), "warning") == []
+
+
+@pytest.mark.parametrize("sink", ["mysql://h:hush@", "oracle://u@h/d", "mysql:/u@h/d", "sqlite://t.db"])
+def test_a_password_file_is_not_judged_by_a_sink_that_is_in_error(sink):
+    text = MINIMAL + f'[telemetry]\nsink = "{sink}"\npassword_file = "/p"\n'
+    assert only(text).key == "telemetry.sink"
+    assert keys(text, "warning") == []
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "a.b_c-D", "7", "x" * 64, "x" * 65, "a/b", "a b", ".a", "-a", "_a", "", "\u00e9", "a:"]
+)
+def test_a_tenant_has_limits_by_a_name_that_a_token_may_have_and_by_no_other(name):
+    found = findings(MINIMAL + f'[limits.tenants."{name}"]\nrequests_per_minute = 5\n')
+    assert bool(found) != is_tenant(name)
+    assert all("letters, digits, dots, underscores and hyphens" in one.remedy for one in found)
+    assert _TENANT.pattern == NAME_PATTERN
