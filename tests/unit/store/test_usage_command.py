@@ -192,3 +192,12 @@ def test_a_tenant_of_bytes_that_are_no_text_and_one_with_escapes_are_told_harmle
     page = capsys.readouterr().out
     assert "\x1b" not in page
     assert "tenant a\\x1b[2Jb" in page
+
+
+def test_a_user_whom_sqlite_holds_as_a_negative_number_has_a_bill(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "telemetry.db", row(user=2**63), row(user=2**63 - 1), row(user=0))
+    assert command(tmp_path, "--user", "9223372036854775808", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["user_id"], document["transactions"], document["total_tokens"]) == (2**63, 1, 30)
