@@ -298,7 +298,7 @@ class MysqlStore:
             raise StoreMisfit(
                 f"{self._address}: another state_dir stored under this node's name ({self._node}): two daemons have"
                 f" copies of one {NAME}; in the one that is the copy, remove {NAME} and what its spool was copied with,"
-                " and restart it (docs/accounting.md, Several nodes)"
+                " and restart it; docs/accounting.md has the ways out"
             )
 
     async def open_transactions(self) -> list[OpenTransaction]:
