@@ -45,7 +45,12 @@ class DeadLetter(NamedTuple):
 
 def append_dead_letters(directory: Path, letters: Sequence[DeadLetter]) -> None:
     """Appends and syncs. Raises OSError; then none of them is there, if the disk lets us take them back."""
-    append_lines(directory / DEAD_LETTERS, b"".join(map(_line, letters)))
+    append_letters(directory / DEAD_LETTERS, letters)
+
+
+def append_letters(path: Path, letters: Sequence[DeadLetter]) -> None:
+    """The same, to a file of any name."""
+    append_lines(path, b"".join(map(_line, letters)))
 
 
 def append_lines(path: Path, lines: bytes) -> None:

@@ -1,5 +1,7 @@
 """Reads every spool stream into the group that is stored next.
 
+It is long because the group and who fills it change in one step, or neither does.
+
 Owns: the streams, the group being gathered, files that are no segments, the removal of consumed ones. Must not know:
 the store's connection, retries, when a group is due.
 Invariants:

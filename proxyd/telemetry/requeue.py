@@ -15,7 +15,8 @@ Exactly once:
    made of. So a letter tells the cursor of its commit, and waits until its stream has come that far or has ended: by
    then the record has been read (again), and its row was stored, or refused into a new letter, or is in this group.
 4. So before a row is given to the store, it is looked up there and in its group by user, second and request id; what is
-   there is passed over. Of two copies of a row that were both refused, one is stored.
+   there is passed over, told, and kept in requeue-<16 hex>.jsonl.skipped: a client may send one request id twice in a
+   second, and the table cannot tell the two. Letters of one group are told apart by all their columns.
 5. A row that is refused again becomes a dead letter again, in the same commit that moves the cursor behind it.
 Bounds: REQUEUE_ROWS a group, one file at a time.
 """
@@ -24,14 +25,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from proxyd.store.schema import Cursor, Row, Store
-from proxyd.telemetry.deadletter import MAX_LINE_BYTES, append_lines, parse_line
+from proxyd.telemetry.deadletter import MAX_LINE_BYTES, DeadLetter, append_letters, append_lines, parse_line
 from proxyd.telemetry.reader import Phase, Stream
-from proxyd.telemetry.segment import BAD_SUFFIX, REQUEUE_SUFFIX
+from proxyd.telemetry.segment import BAD_SUFFIX, REQUEUE_SUFFIX, SKIPPED_SUFFIX
 from proxyd.telemetry.spoolio import SpoolLog
 
 # One look-up each, between two groups of everybody else: ten times more would delay those by a fifth of a second.
@@ -74,6 +75,16 @@ class Requeue:
     @property
     def cursor(self) -> Cursor:
         return Cursor(self.name, 1, self.position, self.is_ended)
+
+    @property
+    def skipped_path(self) -> Path:
+        return self.path.with_name(self.path.name + SKIPPED_SUFFIX)
+
+    def keep_passed_over(self, rows: Sequence[Row]) -> None:
+        """Rows that are not given to the store; on disk before their commit, so after a kill they may be there twice.
+        Raises OSError."""
+        if rows:
+            append_letters(self.skipped_path, [DeadLetter(row, "passed over: stored already", None) for row in rows])
 
     def left_bytes(self) -> int:
         """Bytes that are not read yet."""

@@ -24,6 +24,7 @@ from proxyd.telemetry.segment import (
     HEADER_BYTES,
     NEW_PREFIX,
     REQUEUE_SUFFIX,
+    SKIPPED_SUFFIX,
     is_ours,
     list_files,
     parse_header,
@@ -99,7 +100,11 @@ def survey(state_dir: Path, directory: Path, cursors: Mapping[str, Cursor] | Non
         elif file.endswith(DAMAGED_SUFFIX):
             found.odd.append(Oddity(file, "damaged", _size(directory / file)))
         elif file.startswith("requeue-") and not file.endswith(REQUEUE_SUFFIX) and is_ours(file):
-            found.odd.append(Oddity(file, "bad lines", _size(directory / file)))
+            found.odd.append(
+                Oddity(
+                    file, "rows passed over" if file.endswith(SKIPPED_SUFFIX) else "bad lines", _size(directory / file)
+                )
+            )
         elif parse_name(file) is None and not is_ours(file):
             found.odd.append(Oddity(file, "foreign", _size(directory / file)))
     return found
