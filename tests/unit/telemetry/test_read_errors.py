@@ -102,7 +102,7 @@ def test_a_dead_letter_waits_for_its_stream_while_that_cannot_be_read(
     fault.is_on = False
     world.drain()
     assert [row[0] for row in world.rows()] == ["r1"]
-    assert world.files() == []
+    assert [name for name in world.files() if not name.endswith(".skipped")] == []
 
 
 def test_segments_missing_in_the_middle_are_told_and_the_others_stored(world: World) -> None:
