@@ -4,8 +4,8 @@ Owns: the series of stored rows and their lag. Must not know: when or how a grou
 
 Which rows are in the ledger's `stored`: the finals that a worker of this node's life wrote, for it settled them too.
 The rows of a dead worker's requests were settled by nobody: they are now, and count as stored, too. Not in `stored` are
-the rows of streams of another life of the node, which were settled in another ledger, rows that were set aside, and those that were
-re-queued later.
+the rows of streams of another life of the node, which were settled in another ledger, rows that were set aside, and
+those that were re-queued later.
 """
 
 from __future__ import annotations

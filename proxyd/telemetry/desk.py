@@ -10,8 +10,8 @@ What is written. S is the store's sum, `stored` the ledger's count of this node'
 that of tokens that workers have counted as spent. No commit is in flight while S is read, so a row of this node is in S
 if and only if it is in `stored` (older rows are in S alone), and base = S - stored stays true while rows flow: from
 then on base + settled is what was spent, on every worker, without asking again. It is exact for the rows of this node;
-rows of others, and those that leave the window, come with the next reading. A dead worker's rows were settled by nobody:
-the desk settles them in a slot of its own, in the turn in which it counts them as stored.
+rows of others, and those that leave the window, come with the next reading. A dead worker's rows were settled by
+nobody: the desk settles them in a slot of its own, in the turn in which it counts them as stored.
 
 Heal. A kill between two instructions may leave `stored` and `settled` apart for good. When nothing waits to be stored,
 and the user has nothing under way and has settled nothing for QUIET_S, they must be equal, and are made so.

@@ -2,8 +2,8 @@
 
 Owns: file names, the segment header, the spool directory's place. Must not know: records, who writes or reads.
 
-A stream is the life of one writing process: (slot, epoch, nonce); the epochs of one node's life go together (ids.py). It
-is a row of segments, numbered from 1 without gaps, of which only the newest is written. Names:
+A stream is the life of one writing process: (slot, epoch, nonce); the epochs of one node's life go together (ids.py).
+It is a row of segments, numbered from 1 without gaps, of which only the newest is written. Names:
   003-89abcdef-0123456789abcdef-000001.spool   slot, epoch, nonce, sequence: a segment
   .new-<segment name>                          a segment being made; it becomes one by rename, complete and locked
   <segment name>.damaged                       a consumed segment whose end is garbage, more than one torn write leaves

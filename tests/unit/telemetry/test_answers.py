@@ -211,7 +211,8 @@ async def _play(world: World, script: list[tuple], has_past: bool) -> None:
     await node.begin()
     for spool in node.spools:
         spool.flush()
-    world.clock.advance(2.0)
+    await node.writer.step()
+    world.clock.advance(2.0)  # a clock that was set back tells nothing of how long a row has waited: linger begins anew
     while not await node.writer.step():
         pass
     for user in USERS:
