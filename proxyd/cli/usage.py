@@ -20,6 +20,7 @@ import orjson
 from proxyd.cli.output import fail, printable, put
 from proxyd.cli.part import SINK, read_part, read_password, refuse_unreadable
 from proxyd.clock import SYSTEM, Clock
+from proxyd.config.sink import is_mysql
 from proxyd.config.units import format_duration
 from proxyd.store.queries import SPLITS, Asked, Group, Totals, split, total, usage, user_totals
 from proxyd.store.schema import StoreError, StoreMissing, utc_text
@@ -53,7 +54,9 @@ def run(args: argparse.Namespace, environ: Mapping[str, str] = os.environ, clock
         finally:
             reader.close()
     except StoreMissing as error:
-        return fail(WHO, 1, f"{error}; proxyd makes it when it starts, `proxyd schema --apply` at once")
+        # Of MySQL the message itself tells what to run: the daemon makes nothing there.
+        remedy = "" if is_mysql(sink) else "; proxyd makes it when it starts, `proxyd schema --apply` at once"
+        return fail(WHO, 1, f"{error}{remedy}")
     except (StoreError, OSError) as error:
         return fail(WHO, 1, str(error))
     summed = total(groups)

@@ -301,10 +301,15 @@ class SqliteReader:
         self._path = path
         try:
             self._connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT_S)
-            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+            self._check(path)
         except sqlite3.Error as error:
-            raise StoreError(f"{path}: {error}") from error
+            is_other = getattr(error, "sqlite_errorcode", 0) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+            raise (StoreMisfit if is_other else StoreError)(f"{path}: {error}") from error
+
+    def _check(self, path: Path) -> None:
+        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
+            _refuse_foreign(self._connection, path)
             raise StoreMissing(f"{path}: holds no telemetry yet")
         _check_version(version, path)
 
@@ -347,11 +352,7 @@ def _ensure_schema(connection: sqlite3.Connection, path: Path) -> None:
     try:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
-            taken = connection.execute("SELECT name FROM sqlite_master WHERE name LIKE 'sys_ai_%'").fetchall()
-            if taken:
-                raise StoreMisfit(
-                    f"{path}: has a table {taken[0][0]} that proxyd did not make; name another file in telemetry.sink"
-                )
+            _refuse_foreign(connection, path)
             for statement in SQLITE_DDL:
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -362,6 +363,15 @@ def _ensure_schema(connection: sqlite3.Connection, path: Path) -> None:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
+    """For a file without our version: nothing in it may have one of our names."""
+    taken = connection.execute("SELECT name FROM sqlite_master WHERE name LIKE 'sys_ai_%'").fetchone()
+    if taken is not None:
+        raise StoreMisfit(
+            f"{path}: has a table {taken[0]} that proxyd did not make; name another file in telemetry.sink"
+        )
 
 
 def _check_version(version: int, path: Path) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
+import pymysql
 import pytest
+from pymysql.constants import ER
+from pymysql.err import ProgrammingError
 
 from proxyd.cli.main import main
 
@@ -81,8 +87,34 @@ def test_status_and_usage_come_as_far_as_the_daemon_and_the_store(
     assert f"not running: nothing listens on unix:{file.parent}/admin.sock" in lines[-1]
     assert main(["-c", str(file), "usage", "--user", "7"]) == 1
     more = said(capsys)[1]
-    assert "no telemetry store there yet" in more[-1]
+    assert "no telemetry store there yet; proxyd makes it when it starts" in more[-1]
     assert all(line.startswith(("proxyd status: ", "proxyd usage: ")) for line in lines + more)
+
+
+def test_usage_says_of_a_strangers_table_what_apply_says(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.closing(sqlite3.connect(file.parent / "t.db")) as database:
+        database.execute("CREATE TABLE sys_ai_transactions (a)")
+    ends = []
+    for command in (["usage", "--user", "7"], ["schema", "--apply"]):
+        assert main(["-c", str(file), *command]) == 1
+        ends.append(said(capsys)[1][-1].split(": ", 1)[1])
+    assert ends[0] == ends[1]
+    assert "has a table sys_ai_transactions that proxyd did not make; name another file" in ends[0]
+
+
+@pytest.mark.parametrize("missing", [ER.NO_SUCH_TABLE, ER.BAD_DB_ERROR])
+def test_usage_promises_no_tables_in_a_mysql_database(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, missing: int
+) -> None:
+    def connect(**_: object) -> None:
+        raise ProgrammingError(missing, "not there")
+
+    monkeypatch.setattr(pymysql, "connect", connect)
+    file.write_text(re.sub("sink = .*", 'sink = "mysql://u@h/d"', file.read_text()))
+    assert main(["-c", str(file), "usage", "--user", "7"]) == 1
+    last = said(capsys)[1][-1]
+    assert "when it starts" not in last
+    assert last.count("--apply") <= 1
 
 
 @pytest.mark.parametrize("command", [["status"], ["token", "--user", "1"], ["usage", "--user", "1"]])

@@ -1,4 +1,7 @@
-"""Dead letters that are stored again: each exactly once, whoever is killed whenever, whatever stands in the file."""
+"""Dead letters that are stored again: each exactly once, whoever is killed whenever, whatever stands in the file.
+
+This file is long because each way of being killed and each kind of line is a case of one table of promises.
+"""
 
 from __future__ import annotations
 
