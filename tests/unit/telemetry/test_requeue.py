@@ -357,35 +357,6 @@ def test_the_newest_lines_come_first_however_long_they_are(world: World, length:
     assert list(newest_first(world.spool / "nowhere", 5)) == []
 
 
-def test_a_long_backlog_of_one_stream_keeps_neither_another_nor_a_file_of_letters_waiting(world: World) -> None:
-    first, second = world.writer("os"), world.writer("os")
-    for txn in range(1, 1001):
-        first.final(final(txn))
-    second.final(final(1, "late"))
-    world.turn()
-    append_dead_letters(world.spool, [DeadLetter(Row(*final(2, "again")[1:-1]), "no", None)])
-    retry(world)
-    gatherer = Gatherer(world.spool, 100, world.log, world.clock)
-    gatherer.gather(False)
-    rows = [row.request_id for row in gatherer.group.batch.rows]
-    assert "late" in rows
-    assert [row.request_id for row in gatherer.group.requeued] == ["again"]
-    gatherer.close()
-
-
-def test_what_one_stream_leaves_of_its_share_is_taken_by_those_that_have_more(world: World) -> None:
-    streams = [world.writer("os") for _ in range(4)]
-    for txn in range(1, 301):
-        streams[2].final(final(txn))
-    for spool in streams:
-        spool.final(final(1000))
-    world.turn()
-    gatherer = Gatherer(world.spool, 100, world.log, world.clock)
-    gatherer.gather(False)
-    assert len(gatherer.group.batch.rows) == 100
-    gatherer.close()
-
-
 def test_letters_of_one_user_second_and_request_id_are_all_stored_and_one_like_a_stored_row_is_told_and_kept(
     world: World,
 ) -> None:
