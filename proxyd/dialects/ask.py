@@ -78,12 +78,24 @@ _WITHOUT_TURNS = (Route.COMPLETIONS, Route.EMBEDDINGS)
 _READ: dict[Route, tuple[str, ...]] = {
     Route.STREAM: ("prompt", "messages", "model", "system", "max_tokens", "temperature"),
     Route.CHAT: ("model", "stream", "stream_options", "n", "messages", "max_tokens", "max_completion_tokens"),
-    Route.COMPLETIONS: ("model", "stream", "stream_options", "n", "prompt", "max_tokens"),
+    Route.COMPLETIONS: ("model", "stream", "stream_options", "n", "best_of", "prompt", "max_tokens"),
     Route.RESPONSES: ("model", "stream", "input", "instructions", "max_output_tokens"),
     Route.EMBEDDINGS: ("model", "input"),
     Route.MESSAGES: ("model", "stream", "messages", "system", "max_tokens"),
     Route.COUNT_TOKENS: ("model", "messages", "system"),
 }
+# What bounds one answer's tokens: the first of them that is given.
+_BOUNDS: dict[Route, tuple[str, ...]] = {
+    Route.STREAM: ("max_tokens",),
+    Route.CHAT: ("max_completion_tokens", "max_tokens"),
+    Route.COMPLETIONS: ("max_tokens",),
+    Route.RESPONSES: ("max_output_tokens",),
+    Route.MESSAGES: ("max_tokens",),
+}
+# How many answers are made; of `best_of` those that are not shown are paid for, too.
+_WITH_CHOICES: dict[Route, tuple[str, ...]] = {Route.CHAT: ("n",), Route.COMPLETIONS: ("n", "best_of")}
+# No provider makes more.
+_MOST_CHOICES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +111,7 @@ class Ask:
     prompt_text_bytes: int
     asked_usage: bool
     max_tokens: int | None = None
-    """The most tokens that one answer may have, where the client said so."""
+    """The most tokens that all its answers together may have, where the client said so; 1 or more."""
     prompt: Text = NOTHING
     """What is counted where the provider does not tell; `prompt_text_bytes` is the quick look before."""
 
@@ -147,14 +159,24 @@ def parse_ask(route: Route, body: bytes) -> Ask:
     options = document.get("stream_options")
     asked = isinstance(options, dict) and options.get("include_usage") is True
     text_bytes, prompt = read_prompt(route, document, len(body))
-    most = _max_tokens(document)
+    most = _max_tokens(route, document)
     return Ask(route, model, stream is True, body, _kept(route, document, asked), text_bytes, asked, most, prompt)
 
 
-def _max_tokens(document: dict[str, Any]) -> int | None:
-    """The smallest bound that is given under any of its names; what is no count is the upstream's to refuse."""
-    given = [document.get(name) for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")]
-    return min((count for count in given if type(count) is int and count >= 0), default=None)
+def _max_tokens(route: Route, document: dict[str, Any]) -> int | None:
+    """The bound that the upstream goes by: another route's name for it means nothing there, and 0 is none to some.
+    Times the answers that are asked for. What is no count is the upstream's to refuse."""
+    name = next((name for name in _BOUNDS.get(route, ()) if document.get(name) is not None), "")
+    most = document.get(name)
+    if type(most) is not int or most < 1:
+        return None
+    if route in _WITH_CHOICES:
+        given = [document.get(name) for name in _WITH_CHOICES[route]]
+        most *= min(max([1, *(count for count in given if type(count) is int)]), _MOST_CHOICES)
+    prompts = document.get("prompt")
+    if route is Route.COMPLETIONS and isinstance(prompts, list) and not _is_tokens(prompts):
+        most *= max(1, len(prompts))
+    return most
 
 
 def _kept(route: Route, document: dict[str, Any], asked: bool) -> dict[str, Any]:
@@ -263,7 +285,8 @@ def _site_ask(body: bytes, document: dict[str, Any], mended: bool) -> Ask:
     if mended:
         raise Refusal(400, "invalid_json", "the body holds half a surrogate pair")
     text_bytes, prompt = read_prompt(Route.STREAM, document, len(body))
-    return Ask(Route.STREAM, model, True, body, document, text_bytes, False, _max_tokens(document), prompt)
+    most = _max_tokens(Route.STREAM, document)
+    return Ask(Route.STREAM, model, True, body, document, text_bytes, False, most, prompt)
 
 
 def _check_messages(messages: Any) -> None:
