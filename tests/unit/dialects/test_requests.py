@@ -1,4 +1,7 @@
-"""Reading requests and building the upstream's: what is refused, what is spliced, and that nothing else changes."""
+"""Reading requests and building the upstream's: what is refused, what is spliced, and that nothing else changes.
+
+This file is long because every field of every route is a case of the same few questions.
+"""
 
 from __future__ import annotations
 
