@@ -8,7 +8,7 @@ Options: those of the listener (TCP_NODELAY, keep-alive, TCP_USER_TIMEOUT, TCP_N
 inherited by what it accepts. Not inherited: O_NONBLOCK, and the send buffer of a Unix socket.
 
 Invariants: at most BATCH accepts a readiness, so a connect storm does not hold the loop; out of descriptors the worker
-goes on serving, says so once, and looks again every PAUSE_S.
+goes on serving, says so once, and looks again every PAUSE_S. A worker that leaves may take what waits, REST at most.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ __all__ = ["BATCH", "PAUSE_S", "Acceptor"]
 BATCH = 32
 # Long enough that a worker without descriptors does not spin, short against a client's connect timeout.
 PAUSE_S = 0.1
+# More than a backlog holds (4,096, somaxconn at most): who connects all the while must not keep a leaving worker.
+REST = 65_536
+# How long "out of descriptors" is said after the last time: an attempt comes every PAUSE_S.
+STARVED_S = 1.0
 # TCP_NOTSENT_LOWAT does not exist on Unix sockets: this is what a stalled nginx worker may cost per stream there. The
 # kernel doubles it for its own overhead.
 UNIX_SEND_BUFFER_BYTES = 64 * 1024
@@ -44,7 +48,10 @@ _SHED = (
 class Acceptor:
     """Accepting on a few listeners. States: running (readers registered), paused, closed."""
 
-    __slots__ = ("_listeners", "_log", "_loop", "_on_accept", "_reserve", "_resume_handle", "_running", "_starved")
+    __slots__ = (
+        "_listeners", "_log", "_loop", "_on_accept", "_reserve", "_resume_handle", "_running", "_starved",
+        "_starved_at",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -60,6 +67,7 @@ class Acceptor:
         self._log = log
         self._running = False
         self._starved = False
+        self._starved_at = -STARVED_S
         self._resume_handle: asyncio.TimerHandle | None = None
         self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         for listener in self._listeners:
@@ -90,6 +98,23 @@ class Acceptor:
             os.close(self._reserve)
             self._reserve = -1
 
+    def accept_rest(self) -> None:
+        """Takes who waits in the backlogs now: closing a listener would reset them."""
+        for listener in self._listeners:
+            for _ in range(REST):
+                try:
+                    sock, address = listener.accept()
+                except ConnectionAbortedError:
+                    continue
+                except OSError:
+                    break
+                self._give(sock, address)
+
+    @property
+    def is_starved(self) -> bool:
+        """Whether an accept failed for want of descriptors within the last STARVED_S."""
+        return self._starved and self._loop.time() - self._starved_at < STARVED_S
+
     def _cancel_resume(self) -> None:
         if self._resume_handle is not None:
             self._resume_handle.cancel()
@@ -110,12 +135,16 @@ class Acceptor:
                 # The connection died in the backlog (ECONNABORTED, or a network error of its own: accept(2)).
                 continue
             self._starved = False
-            sock.setblocking(False)
-            if sock.family == socket.AF_UNIX:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BUFFER_BYTES)
-            self._on_accept(sock, address)
+            self._give(sock, address)
+
+    def _give(self, sock: socket.socket, address: object) -> None:
+        sock.setblocking(False)
+        if sock.family == socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BUFFER_BYTES)
+        self._on_accept(sock, address)
 
     def _on_starved(self, listener: socket.socket, error: OSError) -> None:
+        self._starved_at = self._loop.time()
         if not self._starved:
             self._starved = True
             self._log.error("accept_starved", error=error.strerror, retry_ms=int(PAUSE_S * 1000))

@@ -6,6 +6,8 @@ refused request. Must not know: routes, sessions, upstreams; the handler has tho
 Invariants
 - The next request of a pipelined sequence is looked at only when the answer before it is written completely.
 - After an answer that closes, nothing more is parsed.
+- What an answer announced is kept: an answer that says close is the last one, one that does not is followed by an idle
+  connection. Only a node that ends closes those; a worker that retires offers them to its successors.
 - Bounds: input as in `request`, output one answer, a deadline in every state that waits for the peer.
 - While SERVING an end of the client's input counts as the client gone, as it does for nginx.
 """
@@ -62,8 +64,9 @@ class ClientConnection(Channel):
         "served",
     )
 
-    def __init__(self, door: Door, sock: socket.socket, peer: str) -> None:
-        """Takes the non-blocking `sock`; `peer` is the address it was accepted from, or "unix"."""
+    def __init__(self, door: Door, sock: socket.socket, peer: str, *, is_kept: bool = False) -> None:
+        """Takes the non-blocking `sock`; `peer` is the address it was accepted from, or "unix". `is_kept`: another
+        worker had it, so it is idle as after an answer."""
         super().__init__(door, sock, door.settings.send_timeout)
         self._door = door
         self.peer = peer
@@ -71,13 +74,13 @@ class ClientConnection(Channel):
         self.identity = Identity(peer, self._trusted, False)
         self.on_gone: Callable[[], None] | None = None
         self.request_id = ""
-        self.served = 0
+        self.served = 1 if is_kept else 0
         self.answered_bytes = 0
         self._reader = RequestReader(door.settings.max_head, door.settings.max_body)
         self._head: RequestHead | None = None
         self._keep = True
         self._advancing = False
-        self._arm(door.settings.head_timeout)
+        self._arm(door.settings.keepalive if is_kept else door.settings.head_timeout)
         self._watch(True)
 
     # -- what handlers use ---------------------------------------------------------------------------------------
@@ -146,7 +149,7 @@ class ClientConnection(Channel):
     @property
     def may_keep_alive(self) -> bool:
         """Whether an answer to the request being served may announce that the connection stays."""
-        return self._keep and self._door.keeps_alive()
+        return self._keep and self._door.keeps_alive(has_input=bool(self._reader.pending))
 
     @property
     def date(self) -> bytes:
@@ -155,10 +158,23 @@ class ClientConnection(Channel):
 
     # -- what the door and the wheel use -------------------------------------------------------------------------
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing of a request is here. What may lie in the kernel's buffer goes wherever the socket goes."""
+        return self.state is State.IDLE and not self._reader.pending
+
     def drain(self) -> None:
         """The worker is leaving: an idle connection closes now, others after their answer (`Door.draining`)."""
-        if self.state is State.IDLE and not self._reader.pending:
+        if self.is_idle:
             self._close()
+
+    def offer(self, give: Callable[[socket.socket], bool]) -> bool:
+        """Gives an idle connection away for good: `give` duplicates the socket to where it goes on. False, and
+        everything is as before: it is not idle, or `give` could not."""
+        if not self.is_idle or self.sock is None or not give(self.sock):
+            return False
+        self._close()
+        return True
 
     def on_deadline(self, now: float) -> None:
         """What the deadline means depends on the state alone."""
@@ -335,7 +351,7 @@ class ClientConnection(Channel):
         self._write(data)
 
     def _on_written(self) -> None:
-        if self.may_keep_alive:
+        if self._keep and not self._door.draining:
             self._go_idle()
         else:
             self._linger()
@@ -351,6 +367,8 @@ class ClientConnection(Channel):
         if self._reader.pending and not self._advancing:
             # Not from here: the caller may be a handler in the middle of its own work.
             self._owner.loop.call_soon(self._advance)
+        elif self._door.on_idle is not None:
+            self._owner.loop.call_soon(self._door.on_idle, self)
 
     def _on_closed(self) -> None:
         """Lingering or closed: nothing of the request is kept."""

@@ -8,6 +8,9 @@ the one who serves it. Must not know: the relay, aiohttp, sessions; they come in
                                                                  |- Preflight -> preflight(request)
                                                                  '- Web       -> web(conn, request)   (handoff)
 
+Three ways to be: serving; retiring (each answer is its connection's last, unless the next request is here already;
+idle connections are somebody else's soon); draining (idle connections close).
+
 Invariants: a connection is in `connections` from accept to close, also while streamed or handed on; the scratch buffer
 is valid only inside one readiness callback.
 """
@@ -96,6 +99,7 @@ class Door:
         "draining",
         "log",
         "loop",
+        "on_idle",
         "proxies",
         "record",
         "scratch",
@@ -130,6 +134,7 @@ class Door:
         self.cors = cors
         self.record = record
         self.draining = False
+        self.on_idle: Callable[[ClientConnection], None] | None = None
         self.connections: set[ClientConnection] = set()
         self.scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._serve = serve
@@ -138,10 +143,11 @@ class Door:
         self._date = b""
         self._date_second = -1
 
-    def accept(self, sock: socket.socket, address: object) -> None:
-        """Takes a non-blocking accepted socket, with its address as accept() gave it."""
+    def accept(self, sock: socket.socket, address: object, *, is_kept: bool = False) -> None:
+        """Takes a non-blocking accepted socket, with its address as accept() gave it. `is_kept`: it comes from another
+        worker, which had answered on it."""
         peer = str(address[0]) if isinstance(address, tuple) else UNIX_PEER
-        self.connections.add(ClientConnection(self, sock, peer))
+        self.connections.add(ClientConnection(self, sock, peer, is_kept=is_kept))
 
     def handler(self, conn: ClientConnection, request: Request) -> None:
         """Sends a complete request to whoever serves it. Raises Refusal."""
@@ -158,9 +164,17 @@ class Door:
         """Refuses, before its body is read, what no body could make right. Raises Refusal."""
         routes.decide_route(head.method, head.path)
 
-    def keeps_alive(self) -> bool:
-        """Whether connections may stay after an answer."""
-        return not self.draining and self.settings.keepalive > 0
+    def keeps_alive(self, *, has_input: bool = False) -> bool:
+        """Whether a connection may stay after an answer. `has_input`: its next request is here, at least in part, and
+        a worker that retires answers that one, too."""
+        if self.draining or self.settings.keepalive <= 0:
+            return False
+        return self.on_idle is None or has_input
+
+    def retire(self, on_idle: Callable[[ClientConnection], None]) -> None:
+        """From now on every answer is its connection's last, and `on_idle` is told which one becomes idle all the
+        same, because its answer had announced so."""
+        self.on_idle = on_idle
 
     def drain(self) -> None:
         """From now on every answer is its connection's last; idle connections close at once."""

@@ -257,10 +257,11 @@ class Stream:
             case Due.NOTHING:
                 self._checkpoint()
 
-    def interrupt(self, cause: Cause) -> None:
-        """Ends the stream from outside: drained or revoked."""
-        if self._cause is None:
-            self._end(cause)
+    def interrupt(self, cause: Cause) -> bool:
+        """Ends the stream from outside: drained or revoked. False: it had come to its own end already."""
+        is_running = self._cause is None
+        self._end(cause)  # which looks at the same
+        return is_running
 
     def drop(self) -> None:
         """Closes both sides now, without another byte; the row says interrupted."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,11 +37,13 @@ from proxyd.front.wheel import Wheel
 from proxyd.log import Log
 from proxyd.relay.book import Book
 from proxyd.relay.deadlines import Limits
+from proxyd.relay.ending import Endings
 from proxyd.relay.exchange import Stream
 from proxyd.relay.flow import Call
 from proxyd.relay.instruments import Instruments
 from proxyd.relay.outcome import CLIENT_LEFT, Transaction
 from proxyd.relay.states import Cause
+from proxyd.relay.waiting import Turn, Waits
 from proxyd.shm.metrics import Metrics
 from proxyd.upstream.connection import Connection
 from proxyd.upstream.origin import Origin
@@ -49,27 +51,6 @@ from proxyd.upstream.upstreams import Upstreams
 from proxyd.wire.head import Headers
 
 __all__ = ["Relay", "Waits"]
-
-
-@dataclass(frozen=True, slots=True)
-class Waits:
-    """What a request may wait for before it is admitted, each once and each with a bound of its own.
-
-    keys: until the fetch of a token's key has ended. reading: until the ledger has been written from the store; False
-    when it was not. recheck: called when a wait is over, before the session is looked at again."""
-
-    keys: Callable[[], Awaitable[None]] | None = None
-    reading: Callable[[int, float | None, int | None], Awaitable[bool]] | None = None
-    recheck: Callable[[], None] = lambda: None
-
-
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """How far a request has come: what it may still wait for, and its body when that has been read."""
-
-    may_wait_keys: bool = True
-    may_wait_reading: bool = True
-    ask: Ask | None = None
 
 
 class Relay:
@@ -102,6 +83,9 @@ class Relay:
         self._calls: dict[Transaction, Call] = {}
         self._streams: dict[Transaction, Stream] = {}
         self._limits: dict[str, Limits] = {}
+        self.endings = Endings()
+        self.finished = 0
+        """Admitted requests that are over, since the worker's start."""
         self.log = log
         self.wheel = wheel
         self.upstreams = upstreams
@@ -135,16 +119,25 @@ class Relay:
         """Every wheel granularity: sets the coarse time of the exchanges, before the wheel looks at them."""
         self.engine.now_ms = int(now * 1000)
 
-    def interrupt(self) -> int:
-        """The drain is over: every stream gets its error event, every call a 503; how many there were."""
-        count = self.live + len(self._waiting)
-        for task, refuse in list(self._waiting.items()):
-            task.cancel()
-            refuse(Refusal(503, "draining", "This node is restarting.", retry_after_s=1, close=True))
-        for call in list(self._calls.values()):
-            call.stop(Cause.DRAINED)
-        for stream in list(self._streams.values()):
-            stream.interrupt(Cause.DRAINED)
+    def interrupt(self, keep: int = 0) -> int:
+        """Ends requests, those that run longest first, until `keep` go on: a stream gets its error event, a call a 503.
+        With 0, who waits to be admitted is refused, too. How many were ended now."""
+        count = 0
+        while self.live - self.endings.under_way > keep:
+            transaction = self.endings.next(lambda: [*self._calls, *self._streams])
+            if transaction is None:
+                break
+            call, stream = self._calls.get(transaction), self._streams.get(transaction)
+            if call is not None:
+                call.stop(Cause.DRAINED)
+            if call is not None or (stream is not None and stream.interrupt(Cause.DRAINED)):
+                count += 1
+                self.endings.ended(transaction, self._clock.monotonic())
+        if keep <= 0:
+            count += len(self._waiting)
+            for task, refuse in list(self._waiting.items()):
+                task.cancel()
+                refuse(Refusal(503, "draining", "This node is restarting.", retry_after_s=1, close=True))
         return count
 
     def drop(self) -> int:
@@ -189,9 +182,9 @@ class Relay:
 
     def serve(self, client: ClientConnection, request: Request) -> None:
         """One complete request on a relay route: refused at once, or admitted and begun."""
-        self._serve(client, request, _Turn())
+        self._serve(client, request, Turn())
 
-    def _serve(self, client: ClientConnection, request: Request, turn: _Turn) -> None:
+    def _serve(self, client: ClientConnection, request: Request, turn: Turn) -> None:
         route = Route(request.head.path)
         session: Session | None = None
         ask = turn.ask
@@ -271,7 +264,7 @@ class Relay:
         call.start(self._loop)
 
     def _serve_later(
-        self, client: ClientConnection, request: Request, turn: _Turn, wait: Callable[[], Awaitable[object]]
+        self, client: ClientConnection, request: Request, turn: Turn, wait: Callable[[], Awaitable[object]]
     ) -> None:
         """Once more when `wait` is over; never, if the client leaves meanwhile."""
         route = Route(request.head.path)
@@ -294,7 +287,7 @@ class Relay:
         client.on_gone = on_gone
 
     async def _resume(
-        self, client: ClientConnection, request: Request, turn: _Turn, wait: Callable[[], Awaitable[object]]
+        self, client: ClientConnection, request: Request, turn: Turn, wait: Callable[[], Awaitable[object]]
     ) -> None:
         await wait()
         client.on_gone = None
@@ -390,6 +383,8 @@ class Relay:
         self._streams[stream.transaction] = stream
 
     def _on_finished(self, transaction: Transaction) -> None:
+        self.finished += 1
+        self.endings.forget(transaction)
         self.upstreams.retries.end()
         call = self._calls.pop(transaction, None)
         if call is not None:
