@@ -91,6 +91,7 @@ class UpstreamErrorKind(StrEnum):
     TOTAL_TIMEOUT = "total_timeout"
     POOL_FULL = "pool_full"
     POOL_TIMEOUT = "pool_timeout"
+    NO_PORTS = "no_ports"
     BROKEN_BODY = "broken_body"
     NO_UPSTREAM = "no_upstream"
 

@@ -127,6 +127,7 @@ _REFUSALS: dict[UpstreamErrorKind, tuple[int, str, Cause, str]] = {
     _Kind.TOTAL_TIMEOUT: (504, "upstream_timeout", Cause.TOTAL_TIMEOUT, "The answer took longer than is allowed."),
     _Kind.POOL_FULL: (503, "upstream_busy", Cause.UPSTREAM_UNREACHABLE, "All connections to it are busy."),
     _Kind.POOL_TIMEOUT: (503, "upstream_busy", Cause.CONNECT_TIMEOUT, "All connections to it are busy."),
+    _Kind.NO_PORTS: (503, "upstream_no_ports", Cause.UPSTREAM_UNREACHABLE, "No local port is free to reach it."),
     _Kind.NO_UPSTREAM: (503, "no_upstream", Cause.UPSTREAM_UNREACHABLE, "None is available for this model."),
 }
 

@@ -338,7 +338,7 @@ class Stream:
         if upstream is None:
             return
         self._shared.on_upstream_end(upstream, _CAUSE_KINDS.get(self._cause) if self._cause else None, self._detail)
-        upstream.release(reusable)
+        upstream.release(reusable, ended=self._whole)
         self.transaction.release()
 
     def _checkpoint(self) -> None:

@@ -374,7 +374,7 @@ class Call:
     def _release_upstream(self, answer: Answer, *, whole: bool) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            connection.release(whole and answer.head.keep_alive)
+            connection.release(whole and answer.head.keep_alive, ended=whole)
 
     def _close_upstream(self) -> None:
         connection, self._connection = self._connection, None

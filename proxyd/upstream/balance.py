@@ -59,6 +59,7 @@ _BY_KIND: dict[UpstreamErrorKind, Verdict] = {
     # Our own bounds, not the upstream's fault.
     UpstreamErrorKind.POOL_FULL: Verdict.NEUTRAL,
     UpstreamErrorKind.POOL_TIMEOUT: Verdict.NEUTRAL,
+    UpstreamErrorKind.NO_PORTS: Verdict.NEUTRAL,
     UpstreamErrorKind.NO_UPSTREAM: Verdict.NEUTRAL,
 }
 _BY_STATUS: dict[int, Verdict] = {

@@ -3,9 +3,12 @@
 Owns: the socket (plain or TLS) from the dial to its close. Must not know: the pool's rules, HTTP, who asks.
 The pool's keeper gives `on_release`; the relay may use `sock`/`fd` itself between acquire and release.
 
-    CONNECTING --> TLS_HANDSHAKE --> IDLE <--> BUSY
-        |                |            |          |
-        '----------------'-----+------'----------'--> CLOSED (absorbs)
+    CONNECTING --> TLS_HANDSHAKE --> IDLE <--> BUSY --> LEAVING
+        |                |            |          |         |
+        '----------------'-----+------'----------'---------'--> CLOSED (absorbs)
+
+LEAVING: the answer was read to its end and the peer is about to close. Who closes first keeps the port for a minute
+(TIME_WAIT), so it is let go first, for a moment.
 
 Invariants:
 - Only `transition` changes `state`; the descriptor is open in every state but CLOSED.
@@ -27,6 +30,7 @@ from enum import Enum, auto
 
 from proxyd.errors import UpstreamError, UpstreamErrorKind
 from proxyd.upstream.origin import Origin
+from proxyd.upstream.ports import Held
 from proxyd.upstream.readiness import Readiness, Ready
 from proxyd.upstream.tls import OriginTls, describe
 
@@ -35,6 +39,8 @@ EARLY_READ_BYTES = 16 * 1024
 # How long the peer may take no byte of the body after it began to answer, before we take its answer for final. Half: a
 # server that answers a head first and reads on slowly is cut off. Twice: a refused upload hangs for that much longer.
 EARLY_ANSWER_GRACE_S = 1.0
+# tcp_states.h: both ends are open, so the one that closes now has the TIME_WAIT.
+_TCP_ESTABLISHED = 1
 _LINGER_ZERO = (1).to_bytes(4, sys.byteorder) + (0).to_bytes(4, sys.byteorder)
 
 
@@ -43,6 +49,7 @@ class State(Enum):
     TLS_HANDSHAKE = auto()
     IDLE = auto()
     BUSY = auto()
+    LEAVING = auto()
     CLOSED = auto()
 
 
@@ -50,7 +57,8 @@ _EDGES: dict[State, frozenset[State]] = {
     State.CONNECTING: frozenset({State.TLS_HANDSHAKE, State.IDLE, State.CLOSED}),
     State.TLS_HANDSHAKE: frozenset({State.IDLE, State.CLOSED}),
     State.IDLE: frozenset({State.BUSY, State.CLOSED}),
-    State.BUSY: frozenset({State.IDLE, State.CLOSED}),
+    State.BUSY: frozenset({State.IDLE, State.LEAVING, State.CLOSED}),
+    State.LEAVING: frozenset({State.CLOSED}),
     State.CLOSED: frozenset({State.CLOSED}),
 }
 
@@ -78,6 +86,8 @@ class Connection:
         "_tls",
         "dialled_at_s",
         "fd",
+        "has_ended",
+        "held",
         "origin",
         "reused",
         "sock",
@@ -105,6 +115,8 @@ class Connection:
         self.reused = False
         self.uses = 0
         self.dialled_at_s = dialled_at_s
+        self.held: Held | None = None  # its local port, in the keeper's books
+        self.has_ended = False  # the last answer was read to its end
         self._tls = tls
         self._loop = loop
         self._on_release = on_release
@@ -146,7 +158,25 @@ class Connection:
     def take(self) -> None:
         """Out of the pool, for one exchange."""
         self.state = transition(self.state, State.BUSY)
-        self._sent = self._received = False
+        self._sent = self._received = self.has_ended = False
+
+    def leave(self) -> None:
+        """Waits for the peer's close, in the keeper's hands."""
+        self.state = transition(self.state, State.LEAVING)
+
+    def is_over(self) -> bool:
+        """Whether there is anything to read on a connection that is done with: the peer's end, or what nobody asked
+        for. One system call, no wait."""
+        try:
+            if isinstance(self.sock, ssl.SSLSocket):
+                self.sock.recv(1)
+            else:
+                self.sock.recv(1, socket.MSG_PEEK)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return False
+        except OSError:
+            pass
+        return True
 
     def is_quiet(self) -> bool:
         """True when nothing is left to read and the peer is still there. One system call, no wait.
@@ -168,10 +198,12 @@ class Connection:
         self._damaged = True
         return False
 
-    def release(self, reusable: bool) -> None:
+    def release(self, reusable: bool, *, ended: bool = False) -> None:
         """Gives the connection back. `reusable` is the caller's word that the answer was read to its end and neither
-        side said `close`; without it the socket is closed before this returns. Only the first call counts."""
+        side said `close`; without it the socket is closed before this returns, or, where the answer had `ended`, when
+        the peer has closed it. Only the first call counts."""
         if self.state is State.BUSY:
+            self.has_ended = reusable or ended
             self._on_release(self, reusable)
 
     def remember_session(self) -> None:
@@ -179,19 +211,27 @@ class Connection:
         if self._tls is not None and isinstance(self.sock, ssl.SSLSocket):
             self._tls.remember(self.sock)
 
-    def close(self) -> None:
-        """Closes the socket; a send or recv that waits on it raises RESET. Idempotent."""
+    def close(self, abrupt: bool = False) -> bool:
+        """Closes the socket; a send or recv that waits on it raises RESET. Idempotent. `abrupt`: with a reset, which
+        leaves no TIME_WAIT; only where nothing that the peer has not taken is of use. True when the port stays taken
+        for a TIME_WAIT."""
         if self.state is State.CLOSED:
-            return
+            return False
         clean = self.state is State.IDLE and not self._damaged
         self.state = transition(self.state, State.CLOSED)
         self._readiness.interrupt(self._error(UpstreamErrorKind.RESET, "closed on our side"))
-        if clean and isinstance(self.sock, ssl.SSLSocket):
+        if clean and not abrupt and isinstance(self.sock, ssl.SSLSocket):
             try:
                 self.sock.unwrap()  # sends close_notify; the peer's answer is not waited for
             except (OSError, ValueError):
                 pass
-        if self._damaged and self._sent:
+        abrupt = abrupt or (self._damaged and self._sent)
+        holds_port = False
+        try:
+            holds_port = not abrupt and self._tcp_state() == _TCP_ESTABLISHED
+        except OSError:
+            pass
+        if abrupt:
             # A reset: what of the request the peer has not read yet is dropped, and a peer that does not read hears of
             # our end all the same. A FIN would wait behind that data for as long as the peer likes.
             try:
@@ -199,6 +239,11 @@ class Connection:
             except OSError:
                 pass
         self.sock.close()
+        return holds_port
+
+    def _tcp_state(self) -> int:
+        """The first byte of struct tcp_info (tcp(7)): ESTABLISHED, CLOSE_WAIT once the peer has closed, and so on."""
+        return self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
 
     # -- bytes -----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,8 @@
 Owns: the race between addresses (RFC 8305, happy eyeballs), the options of upstream sockets, the turn of the source
 addresses. Must not know: pools, TLS, requests.
 Invariants: `dial` ends within its timeout, name resolution included; every socket it opened but the one it returns is
-closed, whatever way it ends; at most MAX_ADDRESSES attempts.
+closed, whatever way it ends; at most MAX_ADDRESSES attempts. A source address that cannot be used costs no dial: the
+next one is tried, and only when none is left the attempt fails with the names of all.
 """
 
 from __future__ import annotations
@@ -34,6 +35,14 @@ USER_TIMEOUT_MS = 20_000
 NOTSENT_LOWAT_BYTES = 16_384
 # ip(7), since Linux 4.2: the port is chosen at connect(), so one source port serves many destinations.
 IP_BIND_ADDRESS_NO_PORT = 24
+# What says at once that a source address cannot reach this one: not ours, none of its ports free, or no way from there.
+_OF_SOURCES = frozenset((errno.EADDRNOTAVAIL, errno.EINVAL, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES))
+# Between two lines about one source address.
+SOURCE_REPEAT_S = 60.0
+
+
+class NoPort(OSError):
+    """No local port is free towards this address: not the address's fault."""
 
 
 def interleave(addresses: Iterable[Address]) -> list[Address]:
@@ -51,7 +60,7 @@ def interleave(addresses: Iterable[Address]) -> list[Address]:
 class Dialer:
     """Dials one origin."""
 
-    __slots__ = ("_congestion", "_log", "_loop", "_origin", "_resolver", "_sources", "_turn")
+    __slots__ = ("_congestion", "_log", "_loop", "_origin", "_resolver", "_sources", "_told_s", "_turn")
 
     def __init__(self, origin: Origin, resolver: Resolver, loop: asyncio.AbstractEventLoop, log: Log) -> None:
         self._origin = origin
@@ -61,12 +70,14 @@ class Dialer:
         self._congestion: bytes = origin.config.congestion_control.encode("ascii")
         self._sources: dict[socket.AddressFamily, list[str]] = {}
         self._turn: dict[socket.AddressFamily, int] = {}
+        self._told_s: dict[str, float] = {}
         for source in map(str, origin.config.source_addresses):
             version = ipaddress.ip_address(source).version
             self._sources.setdefault(socket.AF_INET if version == 4 else socket.AF_INET6, []).append(source)
 
     async def dial(self, timeout_s: float) -> socket.socket:
-        """A connected non-blocking socket. Raises UpstreamError RESOLVE, REFUSED, UNREACHABLE or CONNECT_TIMEOUT."""
+        """A connected non-blocking socket. Raises UpstreamError RESOLVE, REFUSED, UNREACHABLE, CONNECT_TIMEOUT, or
+        NO_PORTS."""
         deadline = self._loop.time() + timeout_s
         host, port = self._origin.host, self._origin.port
         try:
@@ -107,15 +118,46 @@ class Dialer:
         raise self._error(_kind_of(failures[0][1]), "; ".join(_describe(*failure) for failure in failures[:3]))
 
     async def _attempt(self, address: Address, deadline: float) -> socket.socket:
+        """One connect, from one source address after the other. Raises OSError."""
+        failed: list[OSError] = []
+        for source in self._in_turn(address.family):
+            try:
+                return await self._connect(address, source, deadline)
+            except OSError as error:
+                if source is None or error.errno not in _OF_SOURCES:
+                    raise
+                failed.append(error)
+                if not isinstance(error, NoPort):
+                    self._tell_source(source, address, error)
+        for failure in failed:
+            if isinstance(failure, NoPort):
+                raise failure
+        raise OSError(failed[0].errno, "; ".join(str(error.strerror) for error in failed[:3]))
+
+    def _in_turn(self, family: socket.AddressFamily) -> list[str | None]:
+        """The source addresses of this family, beginning with the next one's turn; None leaves it to the kernel."""
+        sources = self._sources.get(family)
+        if not sources:
+            return [None]
+        turn = self._turn.get(family, 0)
+        self._turn[family] = (turn + 1) % len(sources)
+        return [*sources[turn:], *sources[:turn]]
+
+    async def _connect(self, address: Address, source: str | None, deadline: float) -> socket.socket:
         """One connect. Raises OSError; the socket is closed then, and when cancelled."""
         sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
             self._set_options(sock)
-            self._bind(sock, address.family)
+            if source is not None:
+                self._bind(sock, source)
             code = sock.connect_ex(address.sockaddr)
+            if code == errno.EADDRNOTAVAIL and _has_source(address, source):
+                raise NoPort(code, f"no local port is free{_from(source)}")
             if code in (errno.EINPROGRESS, errno.EINTR):
                 ready = await Readiness(self._loop, sock.fileno()).wait(Ready.WRITE, deadline - self._loop.time())
                 code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if ready else errno.ETIMEDOUT
+            elif code and source is not None:
+                raise OSError(code, os.strerror(code) + _from(source))
             if code:
                 raise OSError(code, os.strerror(code))
             if sock.getsockname() == sock.getpeername():
@@ -147,15 +189,29 @@ class Dialer:
                 )
                 self._congestion = b""  # said once; the system's own is used from here on
 
-    def _bind(self, sock: socket.socket, family: socket.AddressFamily) -> None:
-        """The next source address of this family, if any are configured."""
-        sources = self._sources.get(family)
-        if not sources:
-            return
-        turn = self._turn.get(family, 0)
-        self._turn[family] = (turn + 1) % len(sources)
+    def _bind(self, sock: socket.socket, source: str) -> None:
+        """Takes the address now and the port at connect(): it may be in use towards other destinations."""
         sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-        sock.bind((sources[turn], 0))
+        try:
+            sock.bind((source, 0))
+        except OSError as error:
+            raise OSError(error.errno, (error.strerror or str(error)) + _from(source)) from error
+
+    def _tell_source(self, source: str, address: Address, error: OSError) -> None:
+        """A source address that cannot be used, once in a while: the next one stands in for it."""
+        now = self._loop.time()
+        told = self._told_s.get(source)
+        if told is not None and now - told < SOURCE_REPEAT_S:
+            return
+        self._told_s[source] = now
+        self._log.warning(
+            "source_address_unusable",
+            upstream=self._origin.name,
+            source=source,
+            address=address.text(),
+            reason=error.strerror,
+            remedy="give this host the address, or take it out of upstream.source_addresses",
+        )
 
     def _error(self, kind: UpstreamErrorKind, detail: str) -> UpstreamError:
         return UpstreamError(kind, self._origin.name, detail)
@@ -167,7 +223,25 @@ def _close_loser(task: asyncio.Task[socket.socket]) -> None:
         task.result().close()
 
 
+def _has_source(address: Address, source: str | None) -> bool:
+    """Whether there is a local address towards this one, so that what a connect() lacked was a port. A datagram
+    socket's connect() chooses the address alike, takes no TCP port and sends nothing."""
+    with socket.socket(address.family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as probe:
+        try:
+            if source is not None:
+                probe.bind((source, 0))
+        except OSError:
+            return True  # it was bound for TCP before
+        return probe.connect_ex(address.sockaddr) != errno.EADDRNOTAVAIL
+
+
+def _from(source: str | None) -> str:
+    return f" from {source}" if source is not None else ""
+
+
 def _kind_of(error: OSError) -> UpstreamErrorKind:
+    if isinstance(error, NoPort):
+        return UpstreamErrorKind.NO_PORTS
     if error.errno == errno.ECONNREFUSED:
         return UpstreamErrorKind.REFUSED
     if error.errno == errno.ETIMEDOUT:

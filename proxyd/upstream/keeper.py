@@ -9,6 +9,8 @@ Invariants:
 - A cancelled or late waiter leaves nothing behind: a connection it was just given goes back, its dial ends in the pool.
 - Bounds: max_connections, max_idle, 4 x max_connections waiters; each waiter's deadline is its caller's `timeout_s`,
   each dial's (name, TCP and TLS together) is connect_timeout.
+- A connection whose peer is about to close is out of the pool's books and left to it for LEAVE_S, at most a quarter of
+  max_connections of them; then it is reset. Either way no TIME_WAIT keeps a local port of ours.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +30,15 @@ from proxyd.upstream import pool
 from proxyd.upstream.connection import Connection, State
 from proxyd.upstream.dial import Dialer
 from proxyd.upstream.origin import Origin
+from proxyd.upstream.ports import Ports
 from proxyd.upstream.tls import OriginTls
+
+# A peer that announced its close does it with its last bytes, so a round trip away at most. Half: far ones on bad lines
+# are reset; twice: a peer that waits for our close holds a descriptor for so much longer.
+LEAVE_S = 1.0
+# How many may be left to their peers at once, beside max_connections: descriptors that the start's check has spare.
+LEAVING_SHARE = 4
+LEAVING_LEAST = 16
 
 
 class Ticket(pool.Waiter):
@@ -62,9 +73,12 @@ class Keeper:
         "_dialer",
         "_dials",
         "_gauges",
+        "_leaving",
+        "_leaving_timer",
         "_log",
         "_loop",
         "_next_seq",
+        "_ports",
         "_reuses",
         "_shown",
         "_state",
@@ -72,7 +86,9 @@ class Keeper:
         "origin",
     )
 
-    def __init__(self, origin: Origin, dialer: Dialer, tls: OriginTls | None, around: Surroundings) -> None:
+    def __init__(
+        self, origin: Origin, dialer: Dialer, tls: OriginTls | None, around: Surroundings, ports: Ports
+    ) -> None:
         config = origin.config
         self.origin = origin
         self._dialer = dialer
@@ -82,6 +98,9 @@ class Keeper:
             pool.Limits(config.max_connections, config.max_idle, config.idle_expiry, config.max_age)
         )
         self._dials: set[asyncio.Task[None]] = set()
+        self._ports = ports
+        self._leaving: OrderedDict[Connection, float] = OrderedDict()  # until when, oldest first
+        self._leaving_timer: asyncio.TimerHandle | None = None
         self._next_seq = 0
         metrics, name = around.metrics, origin.name
         self._connects = metrics.counter("proxyd_upstream_connects_total", upstream=name)
@@ -98,7 +117,8 @@ class Keeper:
 
     async def acquire(self, timeout_s: float, fresh: bool = False) -> Connection:
         """A BUSY connection, within `timeout_s`. Raises UpstreamError: POOL_FULL, POOL_TIMEOUT (every connection was in
-        use all the time), CONNECT_TIMEOUT, or what the dial met. Safe to cancel at any point."""
+        use all the time), NO_PORTS (no local port was free all the time), CONNECT_TIMEOUT, or what the dial met. Safe
+        to cancel at any point."""
         deadline = self._loop.time() + timeout_s
         conn = await self._obtain(timeout_s, fresh)
         # One that ended while idle, before the loop told us: the next newest, or a dial. What a dial gives is given on
@@ -113,8 +133,9 @@ class Keeper:
         return conn
 
     def tick(self) -> None:
-        """Once a second: expiry and age of the idle ones."""
+        """Once a second: expiry and age of the idle ones; one more dial where ports were out."""
         self._step(pool.Tick())
+        self._ports.tick(self._clock.monotonic())
 
     async def close(self) -> None:
         """Idle connections close, waiters are refused, dials end. Busy ones close when they are released."""
@@ -123,6 +144,8 @@ class Keeper:
         for task in dials:
             task.cancel()
         await asyncio.gather(*dials, return_exceptions=True)
+        for conn in list(self._leaving):
+            self._end(conn, abrupt=True)
 
     def stats(self) -> dict[str, Any]:
         """Counts for `/status`."""
@@ -167,8 +190,11 @@ class Keeper:
         if future.done():
             return
         dialling = self._state.connecting >= self._state.waiting
+        is_out = self._state.ceiling is not None
         self._step(pool.Left(ticket))
-        if dialling:
+        if is_out:
+            error = self._error(UpstreamErrorKind.NO_PORTS, f"no local port was free for {timeout_s:g} s")
+        elif dialling:
             error = self._error(UpstreamErrorKind.CONNECT_TIMEOUT, f"no connection within {timeout_s:g} s")
         else:
             error = self._error(UpstreamErrorKind.POOL_TIMEOUT, f"all connections in use for {timeout_s:g} s")
@@ -182,6 +208,8 @@ class Keeper:
         self._state.apply(event, actions, now)
         for action in actions:
             self._act(action)
+        if self._state.ceiling is None:
+            self._ports.on_enough()
         shown = (len(self._state.idle), self._state.busy, self._state.connecting)
         if shown != self._shown:
             for gauge, value in zip(self._gauges, shown, strict=True):
@@ -212,9 +240,12 @@ class Keeper:
                 conn.park()
                 self._loop.add_reader(conn.fd, self._on_idle_readable, conn)
             case pool.Close(conn=conn):
-                if conn.state is State.IDLE:
-                    self._loop.remove_reader(conn.fd)
-                conn.close()
+                if conn.has_ended and conn.state is State.BUSY and not self._state.closed and not conn.is_over():
+                    self._leave(conn)
+                else:
+                    self._end(conn, abrupt=self._ports.is_low)
+            case pool.Bound():
+                pass
 
     def _hand(self, ticket: Ticket, conn: Connection) -> None:
         """To a waiter in the queue. One that was cancelled and has not run yet cannot take it: it goes round again."""
@@ -233,6 +264,43 @@ class Keeper:
         elif not ticket.future.done():
             ticket.future.set_exception(error)
 
+    # -- ends of connections ---------------------------------------------------------------------------------------
+
+    def _end(self, conn: Connection, *, abrupt: bool) -> None:
+        """Closes it and enters what becomes of its port."""
+        if conn.state in (State.IDLE, State.LEAVING):
+            self._loop.remove_reader(conn.fd)
+            self._leaving.pop(conn, None)
+        by_us = conn.close(abrupt)
+        if conn.held is not None:
+            self._ports.on_closed(conn.held, by_us, self._clock.monotonic())
+            conn.held = None
+
+    def _leave(self, conn: Connection) -> None:
+        """Its answer is whole and it may not be used again: the peer's close is waited for."""
+        conn.leave()
+        self._leaving[conn] = self._loop.time() + LEAVE_S
+        self._loop.add_reader(conn.fd, self._on_leaving_readable, conn)
+        if len(self._leaving) > max(LEAVING_LEAST, self._state.limits.max_connections // LEAVING_SHARE):
+            self._end(next(iter(self._leaving)), abrupt=True)
+        if self._leaving_timer is None:
+            self._leaving_timer = self._loop.call_later(LEAVE_S, self._on_leave_late)
+
+    def _on_leaving_readable(self, conn: Connection) -> None:
+        if conn.is_over():
+            self._end(conn, abrupt=False)
+
+    def _on_leave_late(self) -> None:
+        """The peers whose time is over did not close: they are reset."""
+        self._leaving_timer = None
+        now = self._loop.time()
+        while self._leaving:
+            conn, until = next(iter(self._leaving.items()))
+            if until > now:
+                self._leaving_timer = self._loop.call_later(until - now, self._on_leave_late)
+                return
+            self._end(conn, abrupt=True)
+
     # -- what happens to connections -------------------------------------------------------------------------------
 
     async def _dial(self, seq: int) -> None:
@@ -242,6 +310,9 @@ class Keeper:
             event = pool.Dialled(await self._connect())
         except UpstreamError as error:
             event = pool.DialFailed(seq, error)
+            if error.kind is UpstreamErrorKind.NO_PORTS:
+                event = pool.NoPort()
+                self._ports.on_none(self._clock.monotonic(), error.detail)
         except asyncio.CancelledError:
             self._step(pool.DialFailed(seq, self._error(UpstreamErrorKind.POOL_FULL, str(pool.Why.SHUTDOWN))))
             raise
@@ -264,9 +335,10 @@ class Keeper:
             on_release=self._on_release,
             tls=self._tls,
         )
+        conn.held = self._ports.on_open(_peer_of(sock), self._clock.monotonic())
         if self._tls is not None:
             with contextlib.ExitStack() as undo:
-                undo.callback(conn.close)
+                undo.callback(self._end, conn, abrupt=self._ports.is_low)
                 await conn.handshake(deadline - self._loop.time())
                 undo.pop_all()
         return conn
@@ -274,6 +346,8 @@ class Keeper:
     def _on_release(self, conn: Connection, reusable: bool) -> None:
         quiet = reusable and conn.is_quiet()
         conn.remember_session()
+        if conn.has_ended:
+            self._ports.on_answered(not reusable, self._clock.monotonic())
         self._step(pool.Released(conn, quiet))
 
     def _on_idle_readable(self, conn: Connection) -> None:
@@ -288,3 +362,11 @@ class Keeper:
 
     def _error(self, kind: UpstreamErrorKind, detail: str) -> UpstreamError:
         return UpstreamError(kind, self.origin.name, detail)
+
+
+def _peer_of(sock: socket.socket) -> str:
+    """The address it was dialled at; "" when it is gone already."""
+    try:
+        return str(sock.getpeername()[0])
+    except OSError:
+        return ""

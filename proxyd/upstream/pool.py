@@ -13,9 +13,13 @@ are tickets with a place in the queue. Whoever drives it (`keeper`) carries the 
 
 Invariants, true between any two events:
 - idle + busy + connecting <= max_connections.
-- A waiter without a dial in flight for it (waiting > connecting) exists only when the limit is reached.
+- A waiter without a dial in flight for it (waiting > connecting) exists only when the limit is reached, or the ceiling.
 - A waiter that takes any connection never waits beside an idle one.
 - Every action costs O(1), but for the tick, which walks the idle stack once (<= max_idle).
+
+The ceiling is there while the kernel has no local port for another connection (`NoPort`): who waits goes on waiting, a
+connection that ends makes room for one dial, each tick tries one more, and each success two. With no waiter it goes.
+This file is long because it is one table of events and actions: half of it alone says nothing.
 """
 
 from __future__ import annotations
@@ -111,6 +115,11 @@ class DialFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class NoPort:
+    """A dial ended because no local port was free: nobody's fault, so nobody's failure."""
+
+
+@dataclass(frozen=True, slots=True)
 class Gone(Generic[ConnT]):
     """An idle connection turned readable with an end of stream or bytes nobody asked for."""
 
@@ -190,7 +199,24 @@ class Close(Generic[ConnT]):
     why: Why
 
 
-Event = Acquire[WaiterT] | Released[ConnT] | Dialled[ConnT] | DialFailed | Gone[ConnT] | Left[WaiterT] | Tick | Shutdown
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """From now on at most so many connections, beside `max_connections`; None: that alone. For the books only."""
+
+    ceiling: int | None
+
+
+Event = (
+    Acquire[WaiterT]
+    | Released[ConnT]
+    | Dialled[ConnT]
+    | DialFailed
+    | NoPort
+    | Gone[ConnT]
+    | Left[WaiterT]
+    | Tick
+    | Shutdown
+)
 Action = (
     Reuse[ConnT, WaiterT]
     | Hand[ConnT, WaiterT]
@@ -200,6 +226,7 @@ Action = (
     | Fail[WaiterT]
     | Keep[ConnT]
     | Close[ConnT]
+    | Bound
 )
 Actions = tuple[Action[ConnT, WaiterT], ...]
 
@@ -207,7 +234,7 @@ Actions = tuple[Action[ConnT, WaiterT], ...]
 class PoolState(Generic[ConnT, WaiterT]):
     """One origin's books. Only `apply` changes them."""
 
-    __slots__ = ("any_waiters", "busy", "closed", "connecting", "fresh_waiters", "idle", "limits")
+    __slots__ = ("any_waiters", "busy", "ceiling", "closed", "connecting", "fresh_waiters", "idle", "limits")
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -218,7 +245,13 @@ class PoolState(Generic[ConnT, WaiterT]):
         self.fresh_waiters: OrderedDict[WaiterT, None] = OrderedDict()
         self.busy = 0
         self.connecting = 0
+        self.ceiling: int | None = None
         self.closed = False
+
+    @property
+    def most(self) -> int:
+        """How many connections may exist."""
+        return self.limits.max_connections if self.ceiling is None else min(self.limits.max_connections, self.ceiling)
 
     @property
     def waiting(self) -> int:
@@ -242,7 +275,7 @@ class PoolState(Generic[ConnT, WaiterT]):
         match event:
             case Released():
                 self.busy -= 1
-            case Dialled() | DialFailed():
+            case Dialled() | DialFailed() | NoPort():
                 self.connecting -= 1
             case Left(waiter=waiter):
                 self._leave(waiter)
@@ -268,6 +301,8 @@ class PoolState(Generic[ConnT, WaiterT]):
                     self.idle[conn] = now
                 case Close(conn=conn):
                     self.idle.pop(conn, None)
+                case Bound(ceiling=ceiling):
+                    self.ceiling = ceiling
 
     def _leave(self, waiter: WaiterT) -> None:
         (self.fresh_waiters if waiter.fresh else self.any_waiters).pop(waiter, None)
@@ -284,11 +319,12 @@ def decide(state: PoolState[ConnT, WaiterT], event: Event[WaiterT, ConnT], now: 
             head = state.head()
             if state.closed:
                 return (Close(conn, Why.SHUTDOWN),)
-            if head is not None:
-                return (Hand(head, conn),)
-            return _keep(state, conn)
+            taken: Actions[ConnT, WaiterT] = (Hand(head, conn),) if head is not None else _keep(state, conn)
+            return (*taken, *_raise_ceiling(state))
         case DialFailed():
             return _decide_dial_failed(state, event)
+        case NoPort():
+            return () if state.closed else (Bound(state.total - 1),)
         case Gone(conn=conn):
             if conn not in state.idle:
                 return ()
@@ -297,7 +333,8 @@ def decide(state: PoolState[ConnT, WaiterT], event: Event[WaiterT, ConnT], now: 
             return ()
         case Tick():
             aged = ((conn, _retire_reason(state.limits, conn, since, now)) for conn, since in state.idle.items())
-            return tuple(Close(conn, why) for conn, why in aged if why is not None)
+            closing = tuple(Close(conn, why) for conn, why in aged if why is not None)
+            return (*closing, *_try_ceiling(state, state.total - len(closing)))
         case Shutdown():
             return (
                 *(Close(conn, Why.SHUTDOWN) for conn in state.idle),
@@ -323,7 +360,7 @@ def _decide_acquire(state: PoolState[ConnT, WaiterT], waiter: WaiterT, now: floa
     actions.append(Wait(waiter))
     if state.connecting > state.waiting:
         return tuple(actions)  # a dial whose waiter left is on its way: two connections for one request would be waste
-    if total < state.limits.max_connections:
+    if total < state.most:
         actions.append(Dial())
     elif waiter.fresh and state.idle:
         actions += (Close(next(iter(state.idle)), Why.ROOM), Dial())
@@ -377,7 +414,29 @@ def _keep(state: PoolState[ConnT, WaiterT], conn: ConnT) -> Actions[ConnT, Waite
 
 def _refill(state: PoolState[ConnT, WaiterT], waiting: int, connecting: int, total: int) -> Actions[ConnT, WaiterT]:
     """Dials for the waiters that have none, as far as there is room, given the counts after the event."""
-    return (Dial(),) * max(0, min(waiting - connecting, state.limits.max_connections - total))
+    return (Dial(),) * max(0, min(waiting - connecting, state.most - total))
+
+
+def _raise_ceiling(state: PoolState[ConnT, WaiterT]) -> Actions[ConnT, WaiterT]:
+    """A dial had a port: two more may try, so that ports that came back are all in use within a few round trips."""
+    if state.ceiling is None:
+        return ()
+    total, connecting = state.total, state.connecting - 1
+    without_dial = max(0, state.waiting - 1 - connecting)
+    most = min(state.limits.max_connections, total + 2)
+    return (Bound(most), *(Dial(),) * max(0, min(without_dial, most - total)))
+
+
+def _try_ceiling(state: PoolState[ConnT, WaiterT], total: int) -> Actions[ConnT, WaiterT]:
+    """Once a second one dial beyond the ceiling: ports come back without a word. One, for a connect() that finds none
+    has looked at every port there is, which costs milliseconds."""
+    if state.ceiling is None:
+        return ()
+    if not state.waiting:
+        return (Bound(None),)
+    if state.waiting <= state.connecting or total >= state.limits.max_connections:
+        return ()
+    return (Bound(max(state.ceiling, total + 1)), Dial())
 
 
 def _retire_reason(limits: Limits, conn: Pooled, idle_since: float, now: float) -> Why | None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from proxyd.clock import Clock
@@ -33,6 +33,7 @@ from proxyd.upstream.connection import Connection
 from proxyd.upstream.dial import Dialer
 from proxyd.upstream.keeper import Keeper, Surroundings
 from proxyd.upstream.origin import Origin
+from proxyd.upstream.ports import Neighbours, Ports, read_port_range
 from proxyd.upstream.resolve import Resolver
 from proxyd.upstream.tls import OriginTls
 from proxyd.upstream.trouble import Trouble
@@ -83,9 +84,10 @@ class Upstreams:
         log: Log,
         clock: Clock,
         loop: asyncio.AbstractEventLoop,
+        node_ports: Callable[[], Mapping[str, int]] | None = None,
     ) -> None:
         """Raises OSError naming the upstream when its ca_file cannot be used, ValueError for a url or key that
-        cannot."""
+        cannot. `node_ports`: local ports in use by all workers, by upstream; None where there is one worker."""
         self._metrics, self._log, self._clock = metrics, log, clock
         self._resolver = Resolver(loop, clock)
         self.retries = RetryBudget()
@@ -98,11 +100,17 @@ class Upstreams:
         # when it last answered.
         self._since_gauges: dict[str, dict[str, Any]] = {}
         self._answered_gauges = {}
+        neighbours, ports = Neighbours(node_ports, clock.monotonic), read_port_range()
+        places: dict[tuple[str, int], list[str]] = {}
         for section in config.upstream:
             origin = Origin(section, secrets.upstream_keys.get(section.name, ()))
             self.origins[origin.name] = origin
+            siblings = places.setdefault((origin.host, origin.port), [])
+            siblings.append(origin.name)
             dialer = Dialer(origin, self._resolver, loop, log)
-            self._keepers[origin.name] = Keeper(origin, dialer, _tls_of(origin), around)
+            sources = len(section.source_addresses)
+            budget = Ports(origin.name, ports, sources, siblings, neighbours, metrics, log)
+            self._keepers[origin.name] = Keeper(origin, dialer, _tls_of(origin), around, budget)
             self._breaker_gauges[origin.name] = metrics.gauge("proxyd_breaker_state", upstream=origin.name)
             address = f"[{origin.host}]:{origin.port}" if ":" in origin.host else f"{origin.host}:{origin.port}"
             self._troubles[origin.name] = Trouble(origin.name, address, log)

@@ -44,6 +44,14 @@ FAMILIES: dict[str, Family] = {
     "proxyd_upstream_connects_total": Family("counter", "Connections made to an upstream.", ("upstream",)),
     "proxyd_upstream_reuse_ratio": Family("gauge", "Exchanges that found a pooled connection, of all.", ("upstream",)),
     "proxyd_upstream_errors_total": Family("counter", "Failed attempts on an upstream.", ("upstream", "kind")),
+    "proxyd_upstream_keepalive_refused_total": Family(
+        "counter", "Whole answers after which the upstream closes the connection.", ("upstream",)
+    ),
+    "proxyd_egress_ports_used": Family("gauge", "Local ports taken towards the busiest address.", ("upstream",)),
+    "proxyd_egress_ports_limit": Family(
+        "gauge", "Local ports there are towards one address, all sources.", ("upstream",), highest=True
+    ),
+    "proxyd_egress_ports_out_total": Family("counter", "Dials that found no local port and waited.", ("upstream",)),
     "proxyd_breaker_state": Family(
         "gauge", "0 closed, 1 half open, 2 open; the worst of the workers.", ("upstream",), highest=True
     ),

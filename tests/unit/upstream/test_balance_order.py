@@ -185,6 +185,7 @@ def test_every_error_kind_has_a_verdict() -> None:
         UpstreamErrorKind.TOTAL_TIMEOUT,
         UpstreamErrorKind.POOL_FULL,
         UpstreamErrorKind.POOL_TIMEOUT,
+        UpstreamErrorKind.NO_PORTS,
         UpstreamErrorKind.NO_UPSTREAM,
     }
 

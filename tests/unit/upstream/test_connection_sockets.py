@@ -59,7 +59,9 @@ ALLOWED = {
     (State.IDLE, State.BUSY),
     (State.IDLE, State.CLOSED),
     (State.BUSY, State.IDLE),
+    (State.BUSY, State.LEAVING),
     (State.BUSY, State.CLOSED),
+    (State.LEAVING, State.CLOSED),
     (State.CLOSED, State.CLOSED),
 }
 
