@@ -118,7 +118,8 @@ class Finding:
     """One thing that is wrong, or doubtful, about a configuration: where, what, and what to do about it.
 
     `line` counts from 1, which also stands for the file as a whole. `key` is the dotted path, elements from [0];
-    `name` is what the file calls that element, where it has a name.
+    `name` is what the file calls that element, where it has a name. About a kernel setting `key` is the setting, and
+    `line` that of the option which makes it matter; `live` and `wanted` are the values, where there are such.
     """
 
     severity: Literal["error", "warning"]
@@ -128,6 +129,8 @@ class Finding:
     message: str
     remedy: str
     name: str = ""
+    live: str = ""
+    wanted: str = ""
 
     def text(self) -> str:
         """The one line that an operator reads."""
