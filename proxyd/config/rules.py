@@ -14,6 +14,7 @@ from ipaddress import ip_address
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from proxyd.config.conditions import MAX_CONDITIONS, ConditionError, parse
 from proxyd.config.locate import KeyPath
 from proxyd.config.schema import Config, Listen, UpstreamConfig
 from proxyd.config.sink import has_password, is_mysql
@@ -276,44 +277,26 @@ def _telemetry(config: Config) -> Iterator[Problem]:
         yield Problem("error", key, "telemetry.sink holds a password, too (not shown)", "take it out of the URL")
 
 
-_CONDITION = re.compile(r"([a-z0-9_]+) *(>=|>|<=|<) *([0-9]+(?:[.][0-9]+)?)(?:(ms|s|m|h|%)|/(s|min|h))?")
-_QUANTITIES = (
-    "queue_depth", "backpressure_events", "requests", "streams_active", "client_aborts", "upstream_errors",
-    "upstream_connections", "upstream_reuse_ratio", "breaker_state", "telemetry_lag", "telemetry_spool_bytes",
-    "worker_restarts", "loop_lag", "sockets_time_wait", "tokens",
-)  # fmt: skip
-_LATENCY = re.compile(r"p[0-9]{2,4}_(?:latency|relay_lag|time_to_first_event|task_ack|loop_lag|telemetry_lag)")
-
-
 def _monitoring(config: Config) -> Iterator[Problem]:
     monitoring = config.monitoring
     if not monitoring.percentiles:
         yield Problem("error", ("monitoring", "percentiles"), "is empty", "name at least one, such as 0.99")
     if len(set(monitoring.percentiles)) != len(monitoring.percentiles):
         yield Problem("error", ("monitoring", "percentiles"), "names one twice", "remove one of them")
-    for index, condition in enumerate(monitoring.alert_on):
-        place: KeyPath = ("monitoring", "alert_on", index)
-        match = _CONDITION.fullmatch(condition)
-        if match is None:
-            yield Problem(
-                "error",
-                place,
-                "is not a condition",
-                'write METRIC > NUMBER, as in "p99_latency > 200ms" or "requests > 100/min"',
-            )
-            continue
-        quantity, unit, rate = match[1], match[4], match[5]
-        if _LATENCY.fullmatch(quantity):
-            if unit is None or unit == "%" or rate is not None:
-                yield Problem("error", place, f"{quantity} is a time and needs a unit", f'write "{quantity} > 200ms"')
-        elif quantity not in _QUANTITIES:
-            close = get_close_matches(quantity, _QUANTITIES, n=1)
-            remedy = f"did you mean {close[0]}?" if close else f"name one of: {', '.join(_QUANTITIES)}, or p99_latency"
-            yield Problem("error", place, f'there is no quantity "{quantity}"', remedy)
+    where: KeyPath = ("monitoring", "alert_on")
+    if len(monitoring.alert_on) > MAX_CONDITIONS:
+        yield Problem("error", where, f"has more than {MAX_CONDITIONS} conditions", "keep those that wake somebody")
+    for index, text in enumerate(monitoring.alert_on):
+        try:
+            parse(text)
+        except ConditionError as error:
+            yield Problem("error", (*where, index), error.message, error.remedy)
+        if text in monitoring.alert_on[:index]:
+            yield Problem("error", (*where, index), "is listed twice", "remove one of them")
 
 
 # Options that are read and do not do in this version what they promise. An entry goes when they do.
-NOT_YET: dict[KeyPath, str] = {("monitoring", "alert_on"): "has no effect in this version: nobody is alerted"}
+NOT_YET: dict[KeyPath, str] = {}
 
 
 def _not_yet(config: Config) -> Iterator[Problem]:

@@ -256,7 +256,7 @@ class Monitoring(Section):
     percentiles: tuple[v.Percentile, ...] = option([0.5, 0.95, 0.99, 0.999], "of every latency, in /status", lists=True)
     alert_on: tuple[str, ...] = option(
         ["queue_depth > 800", "p99_latency > 200ms", "backpressure_events > 100/min"],
-        "conditions worth a log line: METRIC > NUMBER with a unit or a rate",
+        "alerts: METRIC > NUMBER with a unit or a rate",
         lists=True,
     )
 

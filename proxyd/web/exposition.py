@@ -60,6 +60,7 @@ FAMILIES: dict[str, Family] = {
     "proxyd_telemetry_rows_total": Family("counter", "Rows by what became of them.", ("state",)),
     "proxyd_telemetry_lag_seconds": Family("histogram", "A transaction's end to its row in the store."),
     "proxyd_telemetry_spool_bytes": Family("gauge", "Bytes that wait in the spool."),
+    "proxyd_alert_active": Family("gauge", "1 while a condition of monitoring.alert_on is an alert.", ("alert",)),
     "proxyd_worker_restarts_total": Family("counter", "Workers that died and were replaced."),
     "proxyd_loop_lag_seconds": Family("histogram", "How late an event loop was for a timer."),
     "proxyd_sockets_time_wait": Family("gauge", "TCP sockets of this host in TIME_WAIT."),

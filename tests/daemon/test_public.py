@@ -51,7 +51,7 @@ proxyd_telemetry_lag_seconds proxyd_telemetry_spool_bytes proxyd_worker_restarts
 proxyd_sockets_time_wait
 """
 # What the contract asks for without a name: how a quota was decided.
-OUR_METRICS = "proxyd_quota_decisions_total{basis}"
+OUR_METRICS = "proxyd_quota_decisions_total{basis} proxyd_alert_active{alert}"
 # Rooms of a later version: tasks.
 NOT_YET = {"proxyd_task_ack_seconds", "proxyd_queue_depth"}
 

@@ -63,8 +63,9 @@ def test_a_good_configuration_has_no_findings_and_exits_0(node, capsys):
 
 
 def test_warnings_do_not_fail(node, capsys):
-    assert node.check(extra="[monitoring]\nalert_on = []\n") == 0
-    line = f"warning {node.path}:19 monitoring.alert_on: has no effect in this version: nobody is alerted"
+    short = ("[telemetry]\n", '[telemetry]\nretention = "1d"\n')
+    assert node.check(short, extra='[quota]\ntokens = 5\nwindow = "2d"\n') == 0
+    line = f"warning {node.path}:21 quota.window: is longer than telemetry.retention (24h)"
     assert capsys.readouterr().out.startswith(line)
 
 

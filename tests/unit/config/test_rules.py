@@ -3,6 +3,7 @@
 import pytest
 
 from proxyd.access.tenants import _TENANT, is_tenant
+from proxyd.config.conditions import MAX_CONDITIONS
 from proxyd.config.values import NAME_PATTERN
 from tests.unit.config.texts import AUTH, MINIMAL, MODEL, UPSTREAM, findings, keys, only, valid
 
@@ -164,12 +165,20 @@ def test_a_turn_fits_the_buffer():
         ("p99_latency > 200", False),
         ("p99_latency > 200/min", False),
         ("queue_depth > 800; rm -rf", False),
+        ("requests > 5ms", False),
         ("", False),
     ],
 )
 def test_alert_conditions_follow_their_grammar(condition, is_good):
     bad = keys(MINIMAL + f'[monitoring]\nalert_on = ["{condition}"]\n')
     assert bad == ([] if is_good else ["monitoring.alert_on[0]"])
+
+
+def test_a_condition_stands_once_and_there_are_not_more_than_can_be_told():
+    assert keys(MINIMAL + '[monitoring]\nalert_on = ["tokens > 1", "tokens > 1"]\n') == ["monitoring.alert_on[1]"]
+    many = ", ".join(f'"tokens > {number}"' for number in range(MAX_CONDITIONS + 1))
+    assert keys(MINIMAL + f"[monitoring]\nalert_on = [{many}]\n") == ["monitoring.alert_on"]
+    assert keys(MINIMAL + "[monitoring]\nalert_on = []\n") == []
 
 
 def test_percentiles_are_some_and_differ():
@@ -180,7 +189,6 @@ def test_percentiles_are_some_and_differ():
 @pytest.mark.parametrize(
     "text, key",
     [
-        ("[monitoring]\nalert_on = []\n", "monitoring.alert_on"),
         ('[telemetry]\npassword_file = "/p"\n', "telemetry.password_file"),
         ('[quota]\ntokens = 5\nwindow = "30d"\n[telemetry]\nretention = "7d"\n', "quota.window"),
     ],
