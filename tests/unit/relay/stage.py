@@ -139,7 +139,7 @@ class Peer:
         self.fd = sock.fileno()
         self.told = told
 
-    def release(self, reusable: bool) -> None:
+    def release(self, reusable: bool, *, ended: bool = False) -> None:
         self.told.append(("upstream", "kept" if reusable else "closed"))
 
 
