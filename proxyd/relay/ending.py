@@ -27,11 +27,12 @@ MAX_NAMED = 20
 class Endings:
     """One a relay. `count` were ended by us, `named` tells of the first of them."""
 
-    __slots__ = ("_order", "_told", "count", "named")
+    __slots__ = ("_ended", "_order", "_told", "count", "named")
 
     def __init__(self) -> None:
         self._order: deque[Transaction] = deque()
         self._told: set[Transaction] = set()
+        self._ended: set[Transaction] = set()
         self.count = 0
         self.named: list[dict[str, Any]] = []
 
@@ -39,6 +40,11 @@ class Endings:
     def under_way(self) -> int:
         """How many were told to end, and have not."""
         return len(self._told)
+
+    @property
+    def over(self) -> int:
+        """How many of those that were ended by us are finished."""
+        return self.count - len(self._ended)
 
     def next(self, live: Callable[[], Iterable[Transaction]]) -> Transaction | None:
         """The longest-running request that was not told yet; from now on it was."""
@@ -54,6 +60,8 @@ class Endings:
     def ended(self, transaction: Transaction, now: float) -> None:
         """It was ended by us, and not by itself a moment before."""
         self.count += 1
+        if not transaction.is_finished:
+            self._ended.add(transaction)
         if len(self.named) < MAX_NAMED:
             self.named.append(
                 {
@@ -68,3 +76,4 @@ class Endings:
     def forget(self, transaction: Transaction) -> None:
         """It is finished."""
         self._told.discard(transaction)
+        self._ended.discard(transaction)
