@@ -88,7 +88,8 @@ class Failure:
     def __str__(self) -> str:
         what = "stream" if self.is_stream else "request"
         kept = f" on a kept connection ({self.uses} before)" if self.uses else ""
-        return f"{self.via}: {what} {self.kind}{kept} after {self.ended - self.asked:.2f} s, {self.bytes} B: {self.detail}"
+        after = f"after {self.ended - self.asked:.2f} s, {self.bytes} B"
+        return f"{self.via}: {what} {self.kind}{kept} {after}: {self.detail}"
 
 
 class Newcomers:
@@ -135,7 +136,7 @@ class Newcomers:
     def report(self) -> dict[str, Any]:
         self._tool.tell("report")
         found: dict[str, Any] = json.loads(self.wait("report ").removeprefix("report "))
-        return found
+        return found | {"via": self.via}
 
     def close(self) -> None:
         self._tool.close()
