@@ -10,13 +10,14 @@ Invariants:
 - Bounds: max_connections, max_idle, 4 x max_connections waiters; each waiter's deadline is its caller's `timeout_s`,
   each dial's (name, TCP and TLS together) is connect_timeout.
 - A connection whose peer is about to close is out of the pool's books and left to it for LEAVE_S, at most a quarter of
-  max_connections of them; then it is reset. Either way no TIME_WAIT keeps a local port of ours.
+  max_connections of them; then it is reset, and at once where ports are low. Either way no TIME_WAIT keeps a port.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import socket
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -240,10 +241,12 @@ class Keeper:
                 conn.park()
                 self._loop.add_reader(conn.fd, self._on_idle_readable, conn)
             case pool.Close(conn=conn):
-                if conn.has_ended and conn.state is State.BUSY and not self._state.closed and not conn.is_over():
+                is_low = self._ports.is_low
+                may_leave = conn.has_ended and conn.state is State.BUSY and not (is_low or self._state.closed)
+                if may_leave and not conn.is_over():
                     self._leave(conn)
                 else:
-                    self._end(conn, abrupt=self._ports.is_low)
+                    self._end(conn, abrupt=is_low)
             case pool.Bound():
                 pass
 
@@ -306,6 +309,7 @@ class Keeper:
     async def _dial(self, seq: int) -> None:
         """One dial, from the name to the end of the TLS handshake; tells the pool how it ended, exactly once."""
         event: pool.Event[Ticket, Connection]
+        self._ports.on_dial(self._clock.monotonic())
         try:
             event = pool.Dialled(await self._connect())
         except UpstreamError as error:
@@ -321,11 +325,16 @@ class Keeper:
             event = pool.DialFailed(seq, self._error(UpstreamErrorKind.UNREACHABLE, type(error).__name__))
         else:
             self._connects.add(1)
+        finally:
+            self._ports.on_dialled()
         self._step(event)
 
     async def _connect(self) -> Connection:
         timeout_s = self.origin.config.connect_timeout
         deadline = self._loop.time() + timeout_s
+        if self._ports.is_low:
+            for conn in list(itertools.islice(self._leaving, 2)):  # two, so that they become fewer
+                self._end(conn, abrupt=True)
         sock: socket.socket = await self._dialer.dial(timeout_s)
         conn = Connection(
             self.origin,

@@ -186,8 +186,9 @@ class Ports:
     """The ports of one upstream in one worker. `siblings`: the upstreams at the same host and port, itself included."""
 
     __slots__ = (
-        "_answers", "_held", "_is_low", "_is_out", "_limit", "_log", "_name", "_neighbours", "_outs", "_outs_counter",
-        "_range", "_refusals", "_refused", "_siblings", "_sources", "_told_s", "_used_gauge", "_window_s",
+        "_answers", "_dials", "_held", "_is_low", "_is_out", "_limit", "_log", "_name", "_neighbours", "_outs", "_outs_counter",
+        "_range", "_refusals", "_refused", "_siblings", "_sources", "_told_s", "_used_gauge",
+        "_window_s",
     )  # fmt: skip
 
     def __init__(
@@ -203,6 +204,7 @@ class Ports:
         self._name, self._range, self._sources, self._log = name, ports, max(1, sources), log
         self._siblings, self._neighbours = siblings, neighbours
         self._held: dict[str, Held] = {}
+        self._dials = 0
         self._limit = ports.size * self._sources
         self._used_gauge = metrics.gauge("proxyd_egress_ports_used", upstream=name)
         metrics.gauge("proxyd_egress_ports_limit", upstream=name).set(self._limit)
@@ -225,6 +227,14 @@ class Ports:
 
     # -- what the keeper tells ---------------------------------------------------------------------------------------
 
+    def on_dial(self, now: float) -> None:
+        """A dial begins, so it takes a port; `on_dialled` is its end, whatever came of it."""
+        self._dials += 1
+        self._look(now)
+
+    def on_dialled(self) -> None:
+        self._dials -= 1
+
     def on_open(self, host: str, now: float) -> Held:
         """A connection to this address was made; what it holds is for `on_closed`."""
         held = self._held.get(host)
@@ -233,7 +243,6 @@ class Ports:
                 self._held = {name: each for name, each in self._held.items() if each.used(now)}
             held = self._held.setdefault(host, Held(self._range.time_wait_s(host)))
         held.open += 1
-        self._look(now)
         return held
 
     def on_closed(self, held: Held, by_us: bool, now: float) -> None:
@@ -296,8 +305,8 @@ class Ports:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _used(self, now: float) -> int:
-        """In this worker, towards the busiest address."""
-        return max((held.used(now) for held in self._held.values()), default=0)
+        """In this worker, towards the busiest address; dials are taken to go there."""
+        return self._dials + max((held.used(now) for held in self._held.values()), default=0)
 
     def _count(self, now: float) -> int:
         """In all workers."""
