@@ -88,7 +88,7 @@ def run(
 
     def telemetry(birth: Birth) -> int:
         async def serve(context: Context, stop: asyncio.Event) -> None:
-            beat = Beat(region, birth.slot)
+            beat = Beat(region, birth.seat)
             await writer.run(
                 config,
                 secrets,

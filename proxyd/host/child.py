@@ -17,9 +17,16 @@ EXIT_CANNOT_BOOT = 78  # EX_CONFIG of sysexits.h: tried, and trying again at onc
 
 @dataclass(frozen=True, slots=True)
 class Birth:
-    """Handed to `ChildSpec.run` in the forked process."""
+    """Handed to `ChildSpec.run` in the forked process.
+
+    slot         whose listeners a worker has, 0 to N-1; -1 for telemetry and the rest
+    seat         its row in shared memory; -1 for one that has none
+    generation   which start, reload or upgrade it belongs to, from 1
+    """
 
     slot: int
+    seat: int
+    generation: int
     epoch: int
     lifeline_fd: int
     news_fd: int

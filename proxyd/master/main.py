@@ -103,11 +103,10 @@ class Master:
         ]
         if spec.telemetry is not None:
             self._slots.append(Slot(spec.workers, spec.telemetry, is_worker=False, has_beats=True))
-        # Extra children have no slot in the region: they are not part of the product's node.
         self._slots += [Slot(-1, child, is_worker=False, has_beats=False) for child in spec.extra_children]
-        self._metrics = Metrics(self._region, self._region.slots - 1)
+        self._metrics = Metrics(self._region, self._region.master)
         self._restarts = self._metrics.counter("proxyd_worker_restarts_total")
-        self._beat = Beat(self._region, self._region.slots - 1)
+        self._beat = Beat(self._region, self._region.master)
         self._phase = NodePhase.STARTING
         self._exit_code = 0
         self._deadline = 0.0
@@ -125,7 +124,7 @@ class Master:
         gc.disable()
         gc.freeze()
         self._set_title("master")
-        self._beat.birth(0, new_epoch(), time.monotonic())
+        self._beat.birth(0, new_epoch(), time.monotonic(), -1)
         self._beat.birth(os.getpid(), 0, 0.0)
         self._checked_at = self._pinged_at = time.monotonic()
         try:
@@ -194,7 +193,7 @@ class Master:
         epoch = new_epoch(self._beat.epoch)
         beat = Beat(self._region, slot.number) if slot.has_beats else None
         if beat is not None:
-            beat.birth(0, epoch, now)
+            beat.birth(0, epoch, now, slot.number if slot.is_worker else -1, 1)
             slot.beat_seen, slot.beat_at = beat.last, now
 
         def make_birth() -> Birth:
@@ -224,7 +223,8 @@ class Master:
                 os.close(sibling.child.pidfd)
         if not slot.is_worker:
             self._spec.listeners.close()
-        return Birth(slot.number, epoch, self._lifelines.keep(slot.is_worker), self._news)
+        place, lifeline = (slot.number if slot.is_worker else -1), self._lifelines.keep(slot.is_worker)
+        return Birth(place, slot.number, 1, epoch, lifeline, self._news)
 
     def _maybe_reap(self, slot: Slot) -> None:
         child = slot.child

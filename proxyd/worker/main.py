@@ -107,7 +107,7 @@ def run_worker(
             log.error("cannot_boot", detail=f"{type(error).__name__}: {error}")
             log.debug("cannot_boot_traceback", detail=_traceback(error))
             return EXIT_CANNOT_BOOT
-        beat = Beat(region, birth.slot)
+        beat = Beat(region, birth.seat)
 
         def on_pulse() -> None:
             beat.set_streams(services.streams)
@@ -157,8 +157,8 @@ def _run(
 
     async def main() -> int:
         loop = asyncio.get_running_loop()
-        context = Context(birth, loop, region, Metrics(region, birth.slot), log, clock, Standing())
-        pulse = Pulse(loop, clock, Beat(region, birth.slot), context.metrics, log, name)
+        context = Context(birth, loop, region, Metrics(region, birth.seat), log, clock, Standing())
+        pulse = Pulse(loop, clock, Beat(region, birth.seat), context.metrics, log, name)
         pulse.start()
         stop = _Stop(clock)
         loop.add_signal_handler(signal.SIGTERM, stop.ask, term_timeout_s)
@@ -184,7 +184,7 @@ def _run(
 
 def _enter(context: Context, state: State) -> None:
     context.standing.state = state
-    Beat(context.region, context.birth.slot).enter(state)
+    Beat(context.region, context.birth.seat).enter(state)
     context.birth.tell()
 
 

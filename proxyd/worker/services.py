@@ -87,7 +87,8 @@ class WorkerServices:
 
     def __init__(self, context: Context, blueprint: Blueprint) -> None:
         config, listeners = blueprint.config, blueprint.listeners
-        loop, clock, log, metrics, slot = context.loop, context.clock, context.log, context.metrics, context.birth.slot
+        loop, clock, log, metrics = context.loop, context.clock, context.log, context.metrics
+        slot, seat = context.birth.slot, context.birth.seat
         self._context, self._clock, self._log, self._metrics = context, clock, log, metrics
         self._standing = context.standing
         self._listeners = listeners
@@ -104,17 +105,17 @@ class WorkerServices:
         self._spool = SpoolWriter.on_loop(
             loop,
             ensure_spool_dir(config.server.state_dir),
-            slot,
+            seat,
             context.birth.epoch,
             config.telemetry.durability,
             log,
             spool_max=config.telemetry.spool_max,
         )
         self._totals = totals = TotalsCache(blueprint.ledger)
-        share = blueprint.ledger.at(slot, context.birth.epoch)
-        telemetry = Beat(context.region, context.region.slots - 2)
+        share = blueprint.ledger.at(seat, context.birth.epoch)
+        telemetry = Beat(context.region, context.region.telemetry)
         self._asker = asker = Asker(
-            blueprint.questions.keep_asking(slot), loop, log, is_ready=lambda: telemetry.state is State.READY
+            blueprint.questions.keep_asking(seat), loop, log, is_ready=lambda: telemetry.state is State.READY
         )
         admission = Admission(config, clock, share, metrics, refresh=asker.ask, started_at=context.region.started_at)
         book = SpoolBook(self._spool)
