@@ -10,7 +10,8 @@
  * Requests are, in turn: a JSON answer, a stream of 5 events at once, the same at 50 events a second.
  * Commands, as lines: `go` begins the requests (the streams begin at once), `report` prints one JSON line, `stop` ends the
  * requests, and the streams as they end; `leave` closes the streams that are open; `quit`.
- * Prints `ready` when every stream has had an event, `stopped` after `stop` when nothing is open, and for each failure
+ * Prints `ready` when every stream has had an event, `stopped` after `stop` when nothing is open, and for each failure:
+ *   slow PORT ASKED_NS CONNECTED_NS FIRST_BYTE_NS ENDED_NS USES    for a request that took more than a second
  *   fail KIND WHO PORT ASKED_NS ENDED_NS USES BYTES DETAIL      WHO: request or stream; USES: requests before on the connection
  * An answer is whole if its framing ends, its events are numbered without a gap, each names this request, and [DONE] came.
  */
@@ -29,7 +30,7 @@ typedef struct Conn {
     int fd, connected, is_stream, is_kept, asks_close, in_use, phase, status, closes, done, failed, foreign, gap, json;
     int port, blank, had_event;
     unsigned uses;
-    uint64_t asked, deadline, number, wanted, seq, got;
+    uint64_t asked, connected_at, first_at, deadline, number, wanted, seq, got;
     long left;
     size_t head_bytes, line_bytes;
     char head[4096], line[512], request[2400];
@@ -187,7 +188,13 @@ static void finish(Conn *conn) {
     whole[was_stream]++;
     if (!was_stream) {
         record(&took, now - conn->asked);
-        if (now - conn->asked > 1000000000u) slow++;
+        if (now - conn->asked > 1000000000u) {
+            slow++;
+            if (lines++ < LINES_MAX)
+                printf("slow %d %llu %llu %llu %llu %u\n", conn->port, (unsigned long long)conn->asked,
+                       (unsigned long long)conn->connected_at, (unsigned long long)conn->first_at, (unsigned long long)now,
+                       conn->uses);
+        }
     }
     leave_use(conn);
     conn->uses++;
@@ -291,7 +298,8 @@ static void readable(Conn *conn) {
         else fail(conn, CUT, got ? strerror(errno) : "closed within the answer");
         return;
     }
-    if (!conn->got && !conn->is_stream) record(&first, now_ns() - conn->asked);
+    if (!conn->got) conn->first_at = now_ns();
+    if (!conn->got && !conn->is_stream) record(&first, conn->first_at - conn->asked);
     conn->got += (uint64_t)got;
     if (conn->phase == WAITING) conn->phase = HEAD;
     result = conn->phase == HEAD ? take_head(conn, data, (size_t)got) : feed(conn, data, (size_t)got);
@@ -312,6 +320,7 @@ static void connected(Conn *conn) {
         return;
     }
     conn->connected = 1;
+    conn->connected_at = now_ns();
     epoll_ctl(poller, EPOLL_CTL_MOD, conn->fd, &event);
     write_request(conn);
 }

@@ -98,6 +98,7 @@ class Newcomers:
     def __init__(self, folder: Path, target: str | int, token: str, via: str = "tcp", **options: float) -> None:
         self.via = via
         self.failures: list[Failure] = []
+        self.slow: list[tuple[float, ...]] = []  # over a second: when asked, connected, first byte, end
         told = "".join(f" {name}={value:g}" for name, value in options.items())  # a blank first: see newcomers.c
         self._tool = Tool(str(folder / "newcomers"), str(target), token, str(LIFETIME_S), told)
         self._words: list[str] = []
@@ -132,6 +133,8 @@ class Newcomers:
                 int(uses), int(size), rest[0] if rest else "",
             )  # fmt: skip
             self.failures.append(failure)
+        elif line.startswith("slow "):
+            self.slow.append(tuple(int(word) / 1e9 for word in line.split()[2:6]))
 
     def report(self) -> dict[str, Any]:
         self._tool.tell("report")
