@@ -1,7 +1,7 @@
 """`proxyd --check-config`, and the same look before a start: every finding about the file, its secrets and directories.
-Only the command looks at the limit of open files and into the store as well: a start raises and judges the one for
-itself (cli/serve), and does not wait for the other. What would refuse a start is an error; what may be otherwise for
-the user or the unit that starts it is a warning.
+Only the command looks at the machine (check_host), into the store and, with `--probe`, at those whom the configuration
+names (probe) as well: a start meets them itself (cli/serve). What would refuse a start is an error; what may be
+otherwise for the user or the unit that starts it is a warning.
 
 Owns: the order of the checks, what is printed, the exit code. Must not know: how to start anything; it reads and stats.
 Exit codes: 0 no errors (warnings allowed), 1 errors, 2 the file cannot be read.
@@ -14,22 +14,25 @@ import json
 import os
 import ssl
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
+from proxyd.cli.check_found import Found, to_findings
+from proxyd.cli.check_host import host_findings
 from proxyd.cli.output import put
 from proxyd.config.load import parse, read_text
 from proxyd.config.locate import KeyPath
 from proxyd.config.schema import Config
-from proxyd.config.secrets import Secrets, key_text, resolve
+from proxyd.config.secrets import Secrets, resolve
 from proxyd.config.sink import ca_file, has_password, is_mysql
 from proxyd.errors import Finding
-from proxyd.host import limits
+from proxyd.host.look import Host, look
 from proxyd.store.schema import StoreError
 from proxyd.store.sink import sqlite_path
 
 OK, ERRORS, UNREADABLE = 0, 1, 2
 WHO = "proxyd --check-config"
+DEFAULT_FILE = "/etc/proxyd/proxyd.toml"
 # StateDirectory= and RuntimeDirectory= of the unit: they exist once it starts.
 _MADE_BY_SYSTEMD = ("/var/lib/proxyd", "/run/proxyd")
 # The first bytes of every SQLite 3 file: sqlite.org/fileformat.html, 1.2.1. A new one is empty.
@@ -41,12 +44,14 @@ _Found = tuple[bool, KeyPath, str, str]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a look at a configuration gave. `config` and `secrets` are None when they may not be used."""
+    """What a look at a configuration gave. `config` and `secrets` are None when they may not be used; `parsed` is there
+    as soon as the file itself is in order, whatever secrets or directories are like."""
 
     path: str
     config: Config | None
     secrets: Secrets | None
     findings: tuple[Finding, ...]
+    parsed: Config | None = None
 
     @property
     def errors(self) -> int:
@@ -69,13 +74,19 @@ def examine(path: str, environ: Mapping[str, str]) -> Report:
     findings += _host_findings(config)
     findings.sort(key=lambda finding: (finding.line, finding.key))
     failed = any(finding.severity == "error" for finding in findings)
-    return Report(path, None if failed else config, None if failed else secrets, tuple(findings))
+    return Report(path, None if failed else config, None if failed else secrets, tuple(findings), config)
 
 
-def run(path: str, *, as_json: bool, environ: Mapping[str, str] = os.environ) -> int:
-    """Prints the report on stdout; returns the exit code."""
+def run(
+    path: str,
+    *,
+    as_json: bool,
+    environ: Mapping[str, str] = os.environ,
+    see: Callable[[Mapping[str, str]], Host] = look,
+) -> int:
+    """Prints the report on stdout; returns the exit code. `see`: how the machine is looked at."""
     try:
-        report = _with_surroundings(examine(path, environ))
+        report = _with_surroundings(examine(path, environ), lambda: see(environ))
     except OSError as error:
         message = f"cannot read {path}: {error.strerror}"
         if as_json:
@@ -97,21 +108,14 @@ def run(path: str, *, as_json: bool, environ: Mapping[str, str] = os.environ) ->
     return put(WHO, text) or report.exit_code
 
 
-def _with_surroundings(report: Report) -> Report:
+def _with_surroundings(report: Report, see: Callable[[], Host]) -> Report:
     """The report with what does not hold a start up, or what a start judges for itself."""
-    config = report.config
+    config = report.parsed
     if config is None:
         return report
-    more = _findings(config, [*_open_files(config), *_store(config)])
+    more = _findings(config, _store(config))
+    more += to_findings(config, host_findings(config, see(), default_file=DEFAULT_FILE))
     return replace(report, findings=tuple(sorted([*report.findings, *more], key=lambda one: (one.line, one.key))))
-
-
-def _open_files(config: Config) -> Iterator[_Found]:
-    """No error: the service may have another limit than the shell in which this runs."""
-    files = limits.decide(sum(one.max_connections for one in config.upstream), limits.allowed_open_files())
-    if files.problem:
-        message = f"{files.problem} (the limit of this process; the service may have another)"
-        yield False, ("upstream", 0, "max_connections"), message, files.remedy
 
 
 def _store(config: Config) -> Iterator[_Found]:
@@ -141,18 +145,7 @@ def _host_findings(config: Config) -> list[Finding]:
 
 
 def _findings(config: Config, found: Iterable[_Found]) -> list[Finding]:
-    return [
-        Finding(
-            "error" if is_error else "warning",
-            config.file,
-            config.line_of(*key),
-            key_text(key),
-            message,
-            remedy,
-            config.name_of(*key),
-        )
-        for is_error, key, message, remedy in found
-    ]
+    return to_findings(config, (Found(*one) for one in found))
 
 
 def _directories(config: Config) -> Iterator[_Found]:

@@ -10,7 +10,7 @@ The unit hides /proc/sys from the daemon (ProcSubset=pid), so there `is_visible`
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from proxyd.host import limits, ports, unit
@@ -42,17 +42,19 @@ class Written:
 @dataclass(frozen=True, slots=True)
 class Host:
     """What was seen. `settings` by name, with single spaces; a name that is missing does not exist here or may not be
-    read. `ram_bytes` 0: unknown. `is_unit`: systemd started this process, so `open_files` is the unit's limit."""
+    read. `listening`: TCP ports and the inodes of their sockets. `ram_bytes` 0: unknown. `is_unit`: systemd started
+    this process, so `open_files` is the unit's limit. `bind_error`: see ports; asked for the configured addresses."""
 
     is_visible: bool = False
     settings: Mapping[str, str] = field(default_factory=dict)
     written: Mapping[str, Written] = field(default_factory=dict)
-    listening: frozenset[int] = frozenset()
+    listening: Mapping[int, set[int]] = field(default_factory=dict)
     ram_bytes: int = 0
     page_bytes: int = 4096
     open_files: int = 1 << 30
     unit: Unit | None = None
     is_unit: bool = False
+    bind_error: Callable[[str, int], int] = lambda host, port: 0
 
 
 def look(environ: Mapping[str, str], root: str = "/") -> Host:
@@ -61,12 +63,13 @@ def look(environ: Mapping[str, str], root: str = "/") -> Host:
         is_visible=os.path.isdir(os.path.join(root, "proc/sys/net")),
         settings=_live(NAMES, root),
         written=written(NAMES, root),
-        listening=frozenset(ports.listening(os.path.join(root, "proc/self/net"))),
+        listening=ports.listening(os.path.join(root, "proc/self/net")),
         ram_bytes=_ram(),
         page_bytes=os.sysconf("SC_PAGE_SIZE"),
         open_files=limits.allowed_open_files(),
         unit=unit.find(root),
         is_unit=unit.started_this(environ, os.getpid()),
+        bind_error=ports.bind_error,
     )
 
 

@@ -1,7 +1,8 @@
 """Local ports: how many outgoing connections may have, and which of them belong to services.
 
 Owns: the kernel's notation of port lists, what listens on this node, the arithmetic of a range against destinations.
-Must not know: the configuration, who asks. All but `listening` is pure.
+Must not know: the configuration, who asks. `listening`, `bind_error` and `is_held_by` look at the machine, the rest is
+pure.
 
 A connection is (source address, source port, destination address, destination port). With IP_BIND_ADDRESS_NO_PORT a
 source port serves every destination once for each source address, so it is one destination that runs a range out.
@@ -9,6 +10,8 @@ source port serves every destination once for each source address, so it is one 
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -74,9 +77,10 @@ def unprotected(ports: Iterable[int], ends: tuple[int, int], reserved: set[int])
     return sorted({port for port in ports if ends[0] <= port <= ends[1]} - reserved)
 
 
-def listening(net: str = "/proc/self/net") -> set[int]:
-    """TCP ports that somebody in this network namespace listens on. Empty where the kernel does not tell."""
-    found: set[int] = set()
+def listening(net: str = "/proc/self/net") -> dict[int, set[int]]:
+    """TCP ports that somebody in this network namespace listens on, and the inodes of the sockets. Empty where the
+    kernel does not tell."""
+    found: dict[int, set[int]] = {}
     for name in ("tcp", "tcp6"):
         try:
             with open(f"{net}/{name}", encoding="ascii") as file:
@@ -84,9 +88,39 @@ def listening(net: str = "/proc/self/net") -> set[int]:
                 for line in file:
                     words = line.split()
                     # Listeners come first; behind them may be a hundred thousand connections.
-                    if len(words) < 4 or words[3] != _LISTEN:
+                    if len(words) < 10 or words[3] != _LISTEN:
                         break
-                    found.add(int(words[1].rpartition(":")[2], 16))
+                    found.setdefault(int(words[1].rpartition(":")[2], 16), set()).add(int(words[9]))
         except (OSError, ValueError):
             continue
     return found
+
+
+def is_held_by(pid: int, inodes: set[int]) -> bool | None:
+    """Whether the process has one of these sockets open; None where this user may not know."""
+    names = {f"socket:[{inode}]" for inode in inodes}
+    folder = f"/proc/{pid}/fd"
+    try:
+        for name in os.listdir(folder):
+            try:
+                if os.readlink(f"{folder}/{name}") in names:
+                    return True
+            except FileNotFoundError:
+                continue
+    except OSError:
+        return None
+    return False
+
+
+def bind_error(host: str, port: int) -> int:
+    """Why an address cannot be bound (errno), 0 when it can. It is bound for a moment; nobody can connect to it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the daemon does: TIME_WAIT is no obstacle
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((host, port))
+    except OSError as error:
+        return error.errno or -1
+    return 0

@@ -10,6 +10,7 @@ import pytest
 from proxyd import __version__
 from proxyd.cli import check
 from proxyd.cli.main import main
+from tests.unit.cli.hosts import GOOD
 
 SECRET = "0123456789abcdef0123456789abcdef"
 
@@ -52,7 +53,7 @@ upstreams = ["a"]
                 assert old in text
                 text = text.replace(old, new)
             self.path.write_text(text + extra)
-            return main(["--check-config", "-c", str(self.path), *(["--json"] if json else [])])
+            return check.run(str(self.path), as_json=json, see=lambda environ: GOOD)
 
     return Node()
 
@@ -113,25 +114,26 @@ def test_json_of_an_unreadable_file_is_json_too(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("limit", "says"),
+    ("limit", "severity", "says"),
     [
-        (1000, "open files: the limit of 1000 is below the 2726 that each worker needs for 1024 upstream connections"),
-        (3000, "open files: the limit of 3000 leaves little beside the 2726 that streams may take"),
-        (3750, "no findings"),
+        (1000, "error", "open files: the limit of 1000 is below the 2726 that each worker needs for 1024 upstream"),
+        (3000, "warning", "open files: the limit of 3000 leaves little beside the 2726 that streams may take"),
+        (3750, "", ""),
     ],
 )
-def test_connections_that_do_not_fit_the_limit_of_open_files_are_a_warning_with_the_numbers(node, limit, says):
+def test_a_limit_of_open_files_that_refuses_a_start_is_an_error_and_a_tight_one_a_warning(node, limit, severity, says):
     node.path.write_text(node.text)
     program = [sys.executable, "-m", "proxyd", "--check-config", "-c", str(node.path)]
     done = subprocess.run(
         ["sh", "-c", f'ulimit -n {limit} && exec "$@"', "sh", *program], capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    (line,) = done.stdout.splitlines()
-    assert says in line
-    if says != "no findings":
-        assert line.startswith(f"warning {node.path}:")
+    assert (done.returncode, done.stderr) == (1 if severity == "error" else 0, "")
+    lines = [line for line in done.stdout.splitlines() if "open files" in line]
+    assert len(lines) == bool(severity)
+    for line in lines:
+        assert line.startswith(f"{severity} {node.path}:")
         assert "upstream[0].max_connections" in line
+        assert says in line
 
 
 @pytest.mark.parametrize("name, mode", [("state", "0700"), ("run", "0750")])
