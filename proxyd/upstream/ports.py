@@ -186,8 +186,8 @@ class Ports:
     """The ports of one upstream in one worker. `siblings`: the upstreams at the same host and port, itself included."""
 
     __slots__ = (
-        "_answers", "_dials", "_held", "_is_low", "_is_out", "_limit", "_log", "_name", "_neighbours", "_outs", "_outs_counter",
-        "_range", "_refusals", "_refused", "_siblings", "_sources", "_told_s", "_used_gauge",
+        "_answers", "_dials", "_held", "_is_low", "_is_out", "_limit", "_log", "_name", "_neighbours", "_outs",
+        "_outs_counter", "_range", "_refusals", "_refused", "_siblings", "_sources", "_told_s", "_used_gauge",
         "_window_s",
     )  # fmt: skip
 

@@ -6,12 +6,12 @@ Scenarios, all by default; each starts a daemon anew and fails with an Assertion
   keep      the upstream keeps connections: a handful of connections carry everything
   refuse    it answers `Connection: close` and closes: each request is a connection, and no port stays taken
   await     it answers `Connection: close` and waits for us to close, with tcp_tw_reuse off: the worst that there is
-  out       it holds more streams than there are ports: a warning first, then requests wait, get 503 or go on, and all is
-            as before when ports are free again
+  out       it holds more streams than there are ports: a warning first, then requests wait, get 503 or go on, and all
+            is as before when ports are free again
   sources   three source addresses take turns, a fourth that is not this host's is told and passed over
 
-Needs root, or a kernel that lets users make namespaces; `ip` (iproute2). Clients come over a Unix socket, so the range is
-the daemon's alone. Run by tests/daemon/test_egress.py with small numbers.
+Needs root, or a kernel that lets users make namespaces; `ip` (iproute2). Clients come over a Unix socket, so the range
+is the daemon's alone. Run by tests/daemon/test_egress.py with small numbers.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ class House:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(self._loop.create_server(lambda: Provider(self), "127.0.0.1", HOUSE_PORT))
+        making = self._loop.create_server(lambda: Provider(self), "127.0.0.1", HOUSE_PORT)
+        server = self._loop.run_until_complete(making)
         self.port = server.sockets[0].getsockname()[1]
         self._loop.run_forever()
         server.close()
@@ -252,8 +253,9 @@ def refused(way: str, requests: int, ports: int, clients: int) -> str:
     try:
         all_answered(stage, requests, min(clients, ports // 4))
         assert stage.house.connections >= requests > ports
-        lines = stage.events("upstream_refuses_keepalive")
-        assert len(lines) == 1 and lines[0]["refused"] <= ports // 4, lines
+        lines = wait_for(lambda: stage.events("upstream_refuses_keepalive"))
+        assert len(lines) == 1, lines
+        assert lines[0]["refused"] <= ports // 4, lines
         assert stage.metric("proxyd_upstream_keepalive_refused_total") == requests
         told = f"{stage.house.connections} connections, {stage.metric('proxyd_egress_ports_used'):.0f} ports in use"
     except BaseException:
@@ -266,7 +268,7 @@ def refused(way: str, requests: int, ports: int, clients: int) -> str:
 
 def out(requests: int, ports: int, clients: int) -> str:
     """More streams than ports: those that have one are answered, others hear 503, and it is over when they end."""
-    stage = Stage("out", more=f'connect_timeout = "1s"\nmax_connections = {ports + ports // 2}\n')
+    stage = Stage("out", more=f'connect_timeout = "{max(1, ports // 200)}s"\nmax_connections = {ports + ports // 2}\n')
     house = stage.house
     try:
         house.is_holding = True
@@ -278,10 +280,13 @@ def out(requests: int, ports: int, clients: int) -> str:
         wait_for(lambda: stage.metric("proxyd_upstream_errors_total") == late, 60)  # the others have had their 503
         again = stage.ask(3, 3)
         assert again.codes == {"upstream_no_ports": 3}, again.codes
-        assert again.statuses == {503: 3} and not again.without_retry_after
+        assert again.statuses == {503: 3}
+        assert again.without_retry_after == 0
         low, none = stage.events("egress_ports_low"), stage.events("egress_ports_out")
-        assert low and none, stage.daemon.log()
-        assert low[0]["time"] <= none[0]["time"] and low[0]["used"] < ports, (low, none)
+        assert low, stage.daemon.log()
+        assert none, stage.daemon.log()
+        assert low[0]["time"] <= none[0]["time"], (low, none)
+        assert low[0]["used"] < ports, low
         assert stage.daemon.metric("proxyd_breaker_state") == 0
         assert not stage.events("upstream_unreachable")
         # Whoever waits while ports come back is served.
@@ -294,11 +299,13 @@ def out(requests: int, ports: int, clients: int) -> str:
         second.join(60)
         first = background["all"]
         assert first.statuses == {200: ports, 503: late}, first.statuses
-        assert first.codes == {"upstream_no_ports": late} and not first.without_retry_after
+        assert first.codes == {"upstream_no_ports": late}
+        assert first.without_retry_after == 0
         assert waiting["all"].statuses == {200: 20}, (waiting["all"].statuses, waiting["all"].codes)
         assert stage.ask(requests, clients).statuses == {200: requests}
         wait_for(lambda: stage.events("egress_ports_back"), 10)
-        told = f"{ports} held, {late} refused, 20 waited, {stage.metric('proxyd_egress_ports_out_total'):.0f} dials without"
+        dials = stage.metric("proxyd_egress_ports_out_total")
+        told = f"{ports} held, {late} refused, 20 waited, {dials:.0f} dials found no port"
     except BaseException:
         stage.end(failed=True)
         raise
@@ -323,7 +330,7 @@ def sources(requests: int, ports: int, clients: int) -> str:
         seen = stage.house.sources
         assert set(seen) == {"127.0.0.2", "127.0.0.3", "127.0.0.4"}, seen
         assert min(seen.values()) >= asked // 4 - 1, seen
-        lines = stage.events("source_address_unusable")
+        lines = wait_for(lambda: stage.events("source_address_unusable"))
         assert [line["source"] for line in lines] == ["192.0.2.1"], lines
         assert "192.0.2.1" in lines[0]["reason"], lines
         assert stage.metric("proxyd_egress_ports_limit") == 4 * ports
@@ -354,12 +361,15 @@ def main() -> None:
     options = parser.parse_args()
     if not options.inside:
         enter_namespace(sys.argv[1:])
-    prepare_namespace(options.ports)
     for name in options.scenario or SCENARIOS:
         began = time.monotonic()
-        few = {"out": min(options.requests, 1000)}.get(name, options.requests)
-        told = SCENARIOS[name](few, options.ports, options.clients)
-        print(f"{name:8} ok  {few} requests, {options.ports} ports: {told}; {time.monotonic() - began:.1f} s", flush=True)
+        few, ports = options.requests, options.ports
+        if name == "out":  # each request is held, in one process of Python here and there
+            few, ports = min(few, 1000), min(ports, 1000)
+        prepare_namespace(ports)
+        told = SCENARIOS[name](few, ports, options.clients)
+        took_s = time.monotonic() - began
+        print(f"{name:8} ok  {few} requests, {ports} ports: {told}; {took_s:.1f} s", flush=True)
 
 
 if __name__ == "__main__":
