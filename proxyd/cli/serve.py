@@ -21,18 +21,20 @@ from proxyd.config.schema import Config
 from proxyd.config.secrets import Secrets
 from proxyd.host import limits
 from proxyd.host.child import Birth, ChildSpec
-from proxyd.host.sockets import ListenError, Listeners
+from proxyd.host.sockets import ListenError, Listeners, count_time_wait
 from proxyd.host.systemd import Notifier
 from proxyd.log import Log
 from proxyd.master.main import Master, MasterSpec
 from proxyd.shm.beats import Beat
 from proxyd.shm.ledger import Ledger
+from proxyd.shm.metrics import read
 from proxyd.shm.region import Region
 from proxyd.shm.revocations import RevocationRing
 from proxyd.store.revocations import RevocationFile, RevocationFileError
 from proxyd.telemetry import writer
 from proxyd.telemetry.questions import Channel
 from proxyd.telemetry.segment import SpoolError, ensure_spool_dir
+from proxyd.telemetry.watch import Watch, watching
 from proxyd.worker.main import Context, Services, run_telemetry, run_worker
 from proxyd.worker.services import Blueprint, build
 
@@ -89,18 +91,27 @@ def run(
     def telemetry(birth: Birth) -> int:
         async def serve(context: Context, stop: asyncio.Event) -> None:
             beat = Beat(region, birth.seat)
-            await writer.run(
-                config,
-                secrets,
+            watch = Watch(
+                config.monitoring.alert_on,
+                lambda now: read(region, now),
                 context.metrics,
                 context.log,
-                stop,
-                clock=context.clock,
-                enter=beat.enter,
-                ledger=ledger,
-                questions=questions,
-                epoch=birth.epoch,
+                context.clock,
+                count_time_wait,
             )
+            with watching(watch, context.loop):
+                await writer.run(
+                    config,
+                    secrets,
+                    context.metrics,
+                    context.log,
+                    stop,
+                    clock=context.clock,
+                    enter=beat.enter,
+                    ledger=ledger,
+                    questions=questions,
+                    epoch=birth.epoch,
+                )
 
         return run_telemetry(birth, region, log, serve)
 
