@@ -25,6 +25,7 @@ from proxyd.clock import Clock
 from proxyd.host.sockets import count_time_wait
 from proxyd.log import Log
 from proxyd.shm import metrics
+from proxyd.shm.notice import Notices
 from proxyd.shm.region import REVOCATION_ENTRIES, Region
 from proxyd.shm.revocations import Kind, Revocation, RevocationFull
 from proxyd.store.revocations import RevocationFile
@@ -176,11 +177,11 @@ async def _status(request: web.Request) -> web.Response:
     now = context.clock.monotonic()
     document = build_status(
         context.region,
-        context.workers,
         metrics.read(context.region, now),
         monotonic_s=now,
         percentiles=context.percentiles,
         time_wait=count_time_wait(),
+        notice=Notices(context.region).get(),
     )
     return _json(document | {"limits": context.limits(document["streams"]["by_tenant"])})
 

@@ -1,44 +1,56 @@
 """The document of GET /status: what a person or a script wants to know of the node.
 
 Owns its shape. Must not know HTTP or how cells are written. Everything comes out of shared memory, so any worker
-gives the same answer, and a dead worker's counts are in it.
+gives the same answer, and a dead worker's counts are in it. Rates and alerts are as new as the telemetry process's
+last look (telemetry/watch.py), so a second old at most; where that process is not there, rates are null.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from proxyd import __version__
+from proxyd.config.conditions import ConditionError, parse
 from proxyd.shm.beats import Beat
 from proxyd.shm.metrics import LAST_MINUTE_WINDOWS, WINDOW_S, Distribution, Labels, Snapshot, read
 from proxyd.shm.region import Region
+from proxyd.telemetry.watch import NO_VALUE, VALUE_PARTS
 from proxyd.web.exposition import FAMILIES, reuse_ratios
+from proxyd.web.generations import generations, last_reload, process, worker_seats
 
 _BREAKER = {0: "closed", 1: "half_open", 2: "open"}
+# An upstream's pool, by the metric's states: a connection that is busy is an active one.
+_POOL = {"idle": "idle", "busy": "active", "connecting": "connecting"}
 # In the histogram of groups a row counts as a microsecond (telemetry/tally.py).
 _NS_PER_ROW = 1000
 
 
 def build_status(
     region: Region,
-    workers: int,
     snapshot: Snapshot,
     *,
     monotonic_s: float,
     percentiles: Sequence[float],
     time_wait: int | None,
+    notice: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Plain values only, ready for JSON. Times in seconds."""
-    master = Beat(region, region.slots - 1)
+    """Plain values only, ready for JSON. Times in seconds. `notice`: the master's, of reloads and generations."""
+    master = Beat(region, region.master)
+    seats = worker_seats(region, notice)
+    rates = _rates(snapshot) if Beat(region, region.telemetry).pid else {}
     return {
         "version": __version__,
         "pid": master.pid,
         "state": master.state.name.lower(),
         "uptime_s": round(master.age_s(monotonic_s), 1),
-        "workers": [_process(region, slot, monotonic_s) | {"slot": slot} for slot in range(workers)],
+        "workers": [_worker(region, seat, monotonic_s) for seat in seats],
+        "generations": generations(region, seats, notice, monotonic_s),
+        "last_reload": last_reload(notice),
+        "alerts": _alerts(snapshot),
         "requests": {
             "answered": snapshot.total("proxyd_requests_total"),
+            "per_s": rates.get("requests"),
             "by_status": _by(snapshot.counters, "proxyd_requests_total", "status"),
             "client_aborts": snapshot.total("proxyd_client_aborts_total"),
         },
@@ -46,7 +58,9 @@ def build_status(
             "active": sum(snapshot.gauges.get("proxyd_streams_active", {}).values()),
             "by_tenant": _by(snapshot.gauges, "proxyd_streams_active", "tenant"),
             "events": snapshot.total("proxyd_events_relayed_total"),
+            "events_per_s": rates.get("events"),
             "bytes": snapshot.total("proxyd_bytes_relayed_total"),
+            "bytes_per_s": rates.get("bytes"),
             "backpressure": _by(snapshot.counters, "proxyd_backpressure_events_total", "kind"),
         },
         "latency": {
@@ -58,16 +72,60 @@ def build_status(
             if family.kind == "histogram"
         },
         "tokens": _by(snapshot.counters, "proxyd_tokens_total", "kind"),
-        "upstreams": _upstreams(snapshot, _failing(region, workers, snapshot, monotonic_s)),
-        "telemetry": _process(region, workers, monotonic_s)
+        "upstreams": _upstreams(snapshot, _failing(region, seats, snapshot, monotonic_s)),
+        "telemetry": process(region, region.telemetry, monotonic_s)
         | {
             "rows": _by(snapshot.counters, "proxyd_telemetry_rows_total", "state"),
             "store": store_trouble(snapshot.gauges),
         }
         | _spool(snapshot)
         | _groups(snapshot, monotonic_s, master.age_s(monotonic_s), percentiles),
+        "spool": _spool_alone(snapshot),
         "sockets": {"time_wait": time_wait},
     }
+
+
+def _worker(region: Region, seat: int, monotonic_s: float) -> dict[str, Any]:
+    beat = Beat(region, seat)
+    return process(region, seat, monotonic_s) | {"slot": beat.slot, "seat": seat, "generation": beat.generation}
+
+
+def _rates(snapshot: Snapshot) -> dict[str, float]:
+    """Per second, over the last minute."""
+    found = snapshot.gauges.get("_rate", {})
+    return {dict(labels)["of"]: round(value / VALUE_PARTS, 3) for labels, value in found.items()}
+
+
+def _alerts(snapshot: Snapshot) -> list[dict[str, Any]]:
+    """Every condition that is watched, alerts first; `value`, `threshold` and `unit` as the condition is written."""
+    since = _by(snapshot.gauges, "_alert_since", "alert")
+    values = _by(snapshot.gauges, "_alert_value", "alert")
+    active = _by(snapshot.gauges, "proxyd_alert_active", "alert")
+    found = []
+    for text, is_listed in _by(snapshot.gauges, "_alert_listed", "alert").items():
+        value = values.get(text, NO_VALUE)
+        try:
+            condition = parse(text) if is_listed else None
+        except ConditionError:  # the 257th text of a life is "other"
+            condition = None
+        if condition is not None:
+            found.append(
+                {
+                    "alert": text,
+                    "active": bool(active.get(text)),
+                    "since": since.get(text) or None,
+                    "value": None if value == NO_VALUE else round(value / VALUE_PARTS, 3),
+                    "threshold": condition.threshold,
+                    "unit": condition.unit,
+                }
+            )
+    return sorted(found, key=lambda alert: not alert["active"])
+
+
+def _spool_alone(snapshot: Snapshot) -> dict[str, Any]:
+    """The same as in `telemetry`, for those who ask for the spool alone."""
+    spool = _spool(snapshot)
+    return {name.removeprefix("spool_"): value for name, value in spool.items()}
 
 
 def _spool(snapshot: Snapshot) -> dict[str, Any]:
@@ -105,20 +163,6 @@ def _gauge(snapshot: Snapshot, name: str) -> int:
     return sum(snapshot.gauges.get(name, {}).values())
 
 
-def _process(region: Region, slot: int, monotonic_s: float) -> dict[str, Any]:
-    beat = Beat(region, slot)
-    is_alive = beat.pid != 0
-    return {
-        "pid": beat.pid or None,
-        "epoch": beat.epoch,
-        "state": beat.state.name.lower(),
-        "streams": beat.streams,
-        "restarts": beat.restarts,
-        "age_s": round(beat.age_s(monotonic_s), 1) if is_alive else None,
-        "silent_s": round(beat.silent_s(monotonic_s), 1) if is_alive else None,
-    }
-
-
 def _latency(found: Distribution | None, percentiles: Sequence[float]) -> dict[str, float | int | None]:
     found = found or Distribution()
     values: dict[str, float | int | None] = {f"p{q * 100:g}": found.quantile_s(q) for q in percentiles}
@@ -142,13 +186,15 @@ def store_trouble(gauges: dict[str, dict[Labels, int]]) -> dict[str, Any] | None
     return None
 
 
-def _failing(region: Region, workers: int, snapshot: Snapshot, monotonic_s: float) -> dict[str, tuple[int, str]]:
+def _failing(
+    region: Region, seats: Sequence[int], snapshot: Snapshot, monotonic_s: float
+) -> dict[str, tuple[int, str]]:
     """Of upstreams that fail: since when (wall seconds), and how. A worker that nobody has asked since another got an
     answer knows nothing newer."""
     answered = snapshot.highest.get("_answered_at", {})
     found: dict[str, tuple[int, str]] = {}
-    for slot in range(workers):
-        for labels, since in read(region, monotonic_s, [slot]).gauges.get("_failing_since", {}).items():
+    for seat in seats:
+        for labels, since in read(region, monotonic_s, [seat]).gauges.get("_failing_since", {}).items():
             given = dict(labels)
             name = given["upstream"]
             if since and since >= answered.get((("upstream", name),), 0):
@@ -164,6 +210,7 @@ def _upstreams(snapshot: Snapshot, failing: dict[str, tuple[int, str]]) -> dict[
         empty: dict[str, Any] = {
             "breaker": "closed",
             "connections": {},
+            "pool": dict.fromkeys(_POOL.values(), 0),
             "connects": 0,
             "reuse_ratio": None,
             "errors": {},
@@ -174,7 +221,9 @@ def _upstreams(snapshot: Snapshot, failing: dict[str, tuple[int, str]]) -> dict[
 
     for labels, value in snapshot.gauges.get("proxyd_upstream_connections", {}).items():
         upstream, given = entry(labels)
-        upstream["connections"][given.get("state", "")] = value
+        state = given.get("state", "")
+        upstream["connections"][state] = value
+        upstream["pool"][_POOL.get(state, state)] = value
     for labels, value in snapshot.counters.get("proxyd_upstream_connects_total", {}).items():
         entry(labels)[0]["connects"] = value
     for labels, ratio in reuse_ratios(snapshot).items():

@@ -42,7 +42,8 @@ def busy_region() -> Region:
         metrics.gauge("proxyd_breaker_state", upstream="up").set(2 if slot else 0)
         metrics.gauge("proxyd_upstream_connections", upstream="up", state="idle").set(3)
         metrics.histogram("proxyd_relay_lag_seconds").record(0.002)
-        Beat(region, slot).birth(100 + slot, 7, 990.0)
+        for pid in (0, 100 + slot):
+            Beat(region, slot).birth(pid, 7, 990.0, slot, 1)
     return region
 
 
@@ -94,7 +95,7 @@ def test_every_metric_that_the_code_names_is_public_and_in_the_table() -> None:
 
 
 def status(region: Region, percentiles: Sequence[float] = (0.5, 0.999)) -> dict:
-    return build_status(region, 2, read(region, 1000.0), monotonic_s=1000.0, percentiles=percentiles, time_wait=4)
+    return build_status(region, read(region, 1000.0), monotonic_s=1000.0, percentiles=percentiles, time_wait=4)
 
 
 def test_status_tells_processes_latencies_and_upstreams() -> None:
@@ -115,6 +116,7 @@ def test_status_tells_processes_latencies_and_upstreams() -> None:
     assert document["upstreams"]["up"] == {
         "breaker": "open",
         "connections": {"idle": 6},
+        "pool": {"idle": 6, "active": 0, "connecting": 0},
         "connects": 0,
         "reuse_ratio": 0.5,
         "errors": {},
@@ -127,6 +129,8 @@ def test_status_tells_processes_latencies_and_upstreams() -> None:
 def test_an_upstream_that_fails_and_has_no_other_beside_it_does_not_read_as_healthy() -> None:
     region = Region.create(4)
     for slot, since in ((0, 1_000_100), (1, 1_000_050)):
+        for pid in (0, 100 + slot):
+            Beat(region, slot).birth(pid, 7, 990.0, slot, 1)
         metrics = Metrics(region, slot)
         metrics.gauge("proxyd_breaker_state", upstream="up").set(0)
         metrics.gauge("_failing_since", upstream="up", kind="refused").set(since)
