@@ -351,7 +351,7 @@ class ClientConnection(Channel):
         self._write(data)
 
     def _on_written(self) -> None:
-        if self._keep and not self._door.draining:
+        if self._keep and not self._door.closes_idle:
             self._go_idle()
         else:
             self._linger()

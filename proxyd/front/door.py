@@ -9,7 +9,7 @@ the one who serves it. Must not know: the relay, aiohttp, sessions; they come in
                                                                  '- Web       -> web(conn, request)   (handoff)
 
 Three ways to be: serving; retiring (each answer is its connection's last, unless the next request is here already;
-idle connections are somebody else's soon); draining (idle connections close).
+idle connections are somebody else's soon); draining (each answer is the last; idle connections close, soon or now).
 
 Invariants: a connection is in `connections` from accept to close, also while streamed or handed on; the scratch buffer
 is valid only inside one readiness callback.
@@ -94,6 +94,7 @@ class Door:
         "_serve",
         "_web",
         "clock",
+        "closes_idle",
         "connections",
         "cors",
         "draining",
@@ -134,6 +135,7 @@ class Door:
         self.cors = cors
         self.record = record
         self.draining = False
+        self.closes_idle = False
         self.on_idle: Callable[[ClientConnection], None] | None = None
         self.connections: set[ClientConnection] = set()
         self.scratch = memoryview(bytearray(SCRATCH_BYTES))
@@ -176,11 +178,14 @@ class Door:
         same, because its answer had announced so."""
         self.on_idle = on_idle
 
-    def drain(self) -> None:
-        """From now on every answer is its connection's last; idle connections close at once."""
+    def drain(self, *, fresh_only: bool = False) -> None:
+        """From now on every answer is its connection's last; idle connections close at once. `fresh_only`: those that
+        never had a request, alone; one that is kept may still ask, and is told that the node leaves."""
         self.draining = True
+        self.closes_idle = self.closes_idle or not fresh_only
         for conn in list(self.connections):
-            conn.drain()
+            if not (fresh_only and conn.served):
+                conn.drain()
 
     def close(self) -> None:
         """Resets every connection that is ours; streamed and handed ones are ended by who owns them."""

@@ -1,19 +1,62 @@
 """Ends a worker without cutting anybody who can be finished.
 
-Owns the order: accept no more, let what runs finish until the deadline, end the rest properly, close. Must not know
-what a stream is: it sees a count. Bound: the deadline, then ABORT_S for the error events to leave.
+Owns the order: accept no more, let what runs finish, end the rest one by one, close; and the report of it. Must not
+know what a stream is: it sees counts. Bounds: the window's end, then ABORT_S for the last error events to leave.
+
+    TERM     |---- all may finish ----|---- ended, longest-running first ----|  drain_timeout
+             begun                    half of it                             the last
+    retire   |---------- all may finish, drain_timeout ----------|-- ended --|  RETIRE_SPREAD_S
+
+Ended all in one instant, a thousand clients would come back in one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from proxyd.clock import Clock
 
+__all__ = [
+    "ABORT_S", "RETIRE_SPREAD_S", "Drainable", "Tale", "Window", "decide_keep", "drain", "retire", "window_of_retire",
+    "window_of_term",
+]  # fmt: skip
+
 ABORT_S = 2.0  # to write the ending of each stream; a client that takes nothing is cut after it
 LOOK_S = 0.02  # how late the end may be noticed; a drain has seconds
+RETIRE_SPREAD_S = 2.0  # past the deadline of a generation: its time was long already, and the next one serves
+SHORT_S = 1.0  # a drain_timeout below it is for letting go, not for spreading
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """When requests are ended (monotonic seconds): none before `begin`, the last at `end`."""
+
+    begin: float
+    end: float
+
+
+def window_of_term(began: float, deadline: float) -> Window:
+    """The second half of a drain that began at `began`; nothing but its end where it is short."""
+    timeout_s = deadline - began
+    return Window(deadline if timeout_s < SHORT_S else began + timeout_s / 2, deadline)
+
+
+def window_of_retire(deadline: float) -> Window:
+    """Behind the deadline: before it nobody is cut for a reload."""
+    return Window(deadline, deadline + RETIRE_SPREAD_S)
+
+
+def decide_keep(running: int, window: Window, now: float) -> int:
+    """How many of the `running` there were at the window's begin may go on at `now`. One alone goes at the end."""
+    if now < window.begin:
+        return running
+    if now >= window.end:
+        return 0
+    return math.ceil(running * (window.end - now) / (window.end - window.begin))
 
 
 class Drainable(Protocol):
@@ -21,7 +64,41 @@ class Drainable(Protocol):
 
     @property
     def busy(self) -> int:
-        """Requests and streams that are not finished."""
+        """Requests, streams and their connections that are not finished."""
+        ...
+
+    @property
+    def held(self) -> int:
+        """All that keeps a retiring worker: what is busy, and idle connections that nobody has taken yet."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """Admitted requests that are not over."""
+        ...
+
+    @property
+    def finished(self) -> int:
+        """Admitted requests that came to their own end, since the worker's start."""
+        ...
+
+    @property
+    def handed_over(self) -> int:
+        """Idle client connections given to the next generation."""
+        ...
+
+    @property
+    def ended(self) -> int:
+        """Requests that interrupt() ended."""
+        ...
+
+    @property
+    def named(self) -> list[dict[str, Any]]:
+        """The first of those: request id, route, tenant, upstream, seconds."""
+        ...
+
+    def retire(self) -> None:
+        """Accepts no more and gives idle connections away; serves what comes on the others."""
         ...
 
     def stop_accepting(self) -> None:
@@ -29,27 +106,59 @@ class Drainable(Protocol):
         that still arrives gets 503 and its connection closes."""
         ...
 
-    def abort(self) -> None:
-        """Ends what remains now: streams with their error event, requests with 503."""
+    def interrupt(self, keep: int) -> int:
+        """Ends requests until `keep` go on, those that run longest first: streams with their error event, the others
+        with 503. How many were ended."""
         ...
 
     async def close(self) -> None: ...
 
 
-async def drain(services: Drainable, clock: Clock, deadline: Callable[[], float]) -> int:
-    """Returns how many had to be ended before they were finished. `deadline` (monotonic) may come nearer meanwhile:
-    the master may die while we drain."""
+class Tale:
+    """What was there when the end began, for the report."""
+
+    __slots__ = ("_began", "_finished", "_services", "running")
+
+    def __init__(self, services: Drainable, now: float) -> None:
+        self._services, self._began, self._finished = services, now, services.finished
+        self.running = services.running
+
+    def report(self, why: str, now: float) -> dict[str, Any]:
+        """The fields of `drain_report`. What is still running took no ending: it is closed without one."""
+        services = self._services
+        return {
+            "why": why,
+            "running": self.running,
+            "finished": services.finished - self._finished,
+            "ended": services.ended,
+            "dropped": services.running,
+            "handed_over": services.handed_over,
+            "took_s": round(now - self._began, 1),
+            "left": services.named,
+        }
+
+
+async def retire(
+    services: Drainable, clock: Clock, deadline: Callable[[], float], is_stopped: Callable[[], bool]
+) -> None:
+    """Serves on until nothing is left, the deadline has passed, or the worker is asked to stop."""
+    services.retire()
+    while services.held and not is_stopped() and clock.monotonic() < deadline():  # noqa: ASYNC110
+        await asyncio.sleep(LOOK_S)
+
+
+async def drain(services: Drainable, clock: Clock, window: Callable[[], Window]) -> None:
+    """Returns when nothing is busy, or ABORT_S after the window. It may come nearer meanwhile: the master may die
+    while we drain."""
     services.stop_accepting()
-    await _wait_idle(services, clock, deadline)
-    left = services.busy
-    if left:
-        services.abort()
-        end = clock.monotonic() + ABORT_S
-        await _wait_idle(services, clock, lambda: end)
-    return left
-
-
-async def _wait_idle(services: Drainable, clock: Clock, deadline: Callable[[], float]) -> None:
+    at_begin: int | None = None
     # Looked at, not waited for: the count belongs to rooms that must not know that a drain exists.
-    while services.busy and clock.monotonic() < deadline():  # noqa: ASYNC110
+    while services.busy:
+        now, current = clock.monotonic(), window()
+        if now >= current.end + ABORT_S:
+            return
+        if now >= current.begin:
+            if at_begin is None:
+                at_begin = services.running
+            services.interrupt(decide_keep(at_begin, current, now))
         await asyncio.sleep(LOOK_S)

@@ -5,8 +5,9 @@ Owns the loop, the signals and the order of these phases in a child. Must not kn
 
     boot --error--> 78
       |
-    READY --TERM--> drain(drain_timeout) --> close --> 0
-      '--master gone--> drain(ORPHAN_S) ---'
+    READY --TERM--> drain(drain_timeout) -------------------> close --> 0
+      |--master gone--> drain(ORPHAN_S) ---------------------'
+      '--order in the beat--> retire(until its deadline) --> drain
 
 May die at any instruction: counters are in the region, rows in the spool, the listener is the master's.
 """
@@ -30,7 +31,7 @@ from proxyd.shm.beats import Beat, Standing, State
 from proxyd.shm.metrics import Metrics
 from proxyd.shm.region import Region
 from proxyd.worker.beat import Pulse
-from proxyd.worker.drain import Drainable, drain
+from proxyd.worker.drain import Drainable, Tale, drain, retire, window_of_retire, window_of_term
 
 ORPHAN_S = 10.0  # without a master nobody replaces or counts us; the service manager will end us anyway
 BOOT_S = 25.0  # less than the master's patience: the reason is in the log, not a SIGABRT
@@ -72,7 +73,8 @@ class Services(Drainable, Protocol):
 
 
 class _Stop:
-    """The wish that the process ends, and until when (monotonic) it may take; the nearest deadline wins."""
+    """The wish that the process ends, and until when (monotonic) it may take; the nearest deadline wins. `event` is
+    also set by the order to retire, without a deadline of its own here."""
 
     __slots__ = ("_clock", "deadline", "event")
 
@@ -84,6 +86,10 @@ class _Stop:
     def ask(self, timeout_s: float) -> None:
         self.deadline = min(self.deadline, self._clock.monotonic() + timeout_s)
         self.event.set()
+
+    @property
+    def is_asked(self) -> bool:
+        return self.deadline < math.inf
 
 
 def run_worker(
@@ -112,18 +118,45 @@ def run_worker(
         def on_pulse() -> None:
             beat.set_streams(services.streams)
             services.pulse()
+            if beat.retire_by_s is not None:
+                stop.event.set()
 
-        pulse.serve(on_pulse, services.tick, lambda: f"{services.streams} streams")
+        def figures() -> str:
+            return f"{services.streams} streams" + (", draining" if stop.event.is_set() else "")
+
+        pulse.serve(on_pulse, services.tick, figures)
         _enter(context, State.READY)
         await stop.event.wait()
-        _enter(context, State.DRAINING)
-        cut = await drain(services, clock, lambda: stop.deadline)
-        if cut:
-            log.warning("drain_cut", requests=cut)
+        await _end(context, services, beat, stop)
         await services.close()
         return 0
 
     return _run(birth, region, log, clock, name, life, drain_timeout_s)
+
+
+async def _end(context: Context, services: Services, beat: Beat, stop: _Stop) -> None:
+    """Retires, if that is what was ordered, and drains; tells of it in one line."""
+    clock = context.clock
+    tale = Tale(services, clock.monotonic())
+    why = "retired"
+    end = window_of_retire(clock.monotonic())
+    if not stop.is_asked:
+        # The node is as ready as before: `standing`, which answers for it, stays.
+        beat.enter(State.DRAINING)
+        context.birth.tell()
+        context.log.info("retiring", streams=services.streams)
+        await retire(services, clock, lambda: beat.retire_by_s or 0.0, lambda: stop.is_asked)
+        end = window_of_retire(clock.monotonic())
+    if stop.is_asked:
+        why = "stopped" if context.standing.has_master else "orphaned"
+        _enter(context, State.DRAINING)
+        began = clock.monotonic()
+        await drain(services, clock, lambda: window_of_term(began, stop.deadline))
+    else:
+        await drain(services, clock, lambda: end)
+    report = tale.report(why, clock.monotonic())
+    tell = context.log.warning if report["ended"] or report["dropped"] else context.log.info
+    tell("drain_report", **report)
 
 
 def run_telemetry(

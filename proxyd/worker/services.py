@@ -7,14 +7,19 @@ Owns the wiring, the order of starting and ending, and the words of readiness. M
                   '---> Handoff -> WebServer        all other public routes
     admin listener -> AdminServer                   shared by all workers
     Relay -> SpoolWriter                            one row a transaction
+    HandOver ==> passage ==> Arrivals               idle connections, from a retiring worker to the next generation
+
+    SERVING -> RETIRING -> DRAINING     retiring: as serving, without newcomers; draining: requests get 503
+       '-----------------------'
 
 Everything is made after the fork: it belongs to one loop and one process.
 """
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass
+from enum import Enum
+from typing import Any
 
 from proxyd.access.admission import Admission
 from proxyd.access.revocations import RevocationsFull
@@ -35,7 +40,6 @@ from proxyd.host.sockets import Listeners
 from proxyd.relay.service import Relay, Waits
 from proxyd.shm.beats import Beat, State
 from proxyd.shm.ledger import Ledger
-from proxyd.shm.metrics import read
 from proxyd.shm.revocations import RevocationRing
 from proxyd.store.revocations import RevocationFile
 from proxyd.telemetry.questions import Channel
@@ -43,18 +47,23 @@ from proxyd.telemetry.segment import ensure_spool_dir
 from proxyd.telemetry.spool import SpoolWriter
 from proxyd.upstream.upstreams import Upstreams
 from proxyd.web.admin import AdminContext, AdminServer
-from proxyd.web.app import Readiness, WebContext, WebServer
+from proxyd.web.app import WebContext, WebServer
 from proxyd.web.limits_status import TotalsCache, limits_status
-from proxyd.web.status import store_trouble
 from proxyd.worker.adopt import Adoption
 from proxyd.worker.asking import Asker
 from proxyd.worker.book import SpoolBook
+from proxyd.worker.handover import Arrivals, HandOver, Way
 from proxyd.worker.jwks import KeyFetcher
 from proxyd.worker.main import Context
+from proxyd.worker.readiness import NodeReadiness
 
 # A connection accepted in the last moment has its request in the socket already: it is read before idle ones close.
 LAST_READ_S = 0.1
+# A connection that is kept may ask once more, and hears that the node leaves: a balancer that looks at /readyz does.
+# Half may miss one that looks every five seconds, twice keeps clients on a node that has nothing for them.
+KEPT_IDLE_S = 5.0
 DRAIN_RETRY_S = 5
+OVERLOAD_RETRY_S = 5
 EXPIRE_EVERY_TICKS = 60
 
 
@@ -69,6 +78,19 @@ class Blueprint:
     questions: Channel
     page_cookie: str = ""
     """The Set-Cookie value of the chat page's answer (the demo's session), or ""."""
+    passage: Way | None = None
+    """The way of idle connections between generations; None where there is only one."""
+    keeps_listeners: bool = False
+    """Whether the service manager keeps the listeners when all processes have ended: then a TERM leaves who waits in
+    the backlogs to the successor."""
+
+
+class Part(Enum):
+    """What the worker does with a request that comes."""
+
+    SERVING = "serving"
+    RETIRING = "retiring"
+    DRAINING = "draining"
 
 
 async def build(context: Context, blueprint: Blueprint) -> WorkerServices:
@@ -80,9 +102,9 @@ class WorkerServices:
     """See worker.main.Services for what each public name means."""
 
     __slots__ = (
-        "_acceptor", "_admin", "_adoption", "_asker", "_clock", "_context", "_door", "_is_last_read", "_keys",
-        "_listeners", "_log", "_metrics", "_relay", "_revocations", "_ring", "_spool", "_standing", "_ticks", "_totals",
-        "_upstreams", "_web", "_wheel",
+        "_acceptor", "_admin", "_adoption", "_arrivals", "_asker", "_blueprint", "_clock", "_context", "_door",
+        "_hand_over", "_is_last_read", "_keys", "_listeners", "_log", "_metrics", "_part", "_ready", "_relay",
+        "_revocations", "_ring", "_spool", "_standing", "_ticks", "_totals", "_upstreams", "_web", "_wheel",
     )  # fmt: skip
 
     def __init__(self, context: Context, blueprint: Blueprint) -> None:
@@ -91,7 +113,9 @@ class WorkerServices:
         slot, seat = context.birth.slot, context.birth.seat
         self._context, self._clock, self._log, self._metrics = context, clock, log, metrics
         self._standing = context.standing
+        self._blueprint = blueprint
         self._listeners = listeners
+        self._part = Part.SERVING
         self._ticks = 0
         self._is_last_read = False
         self._wheel = Wheel(clock.monotonic())
@@ -123,10 +147,13 @@ class WorkerServices:
         self._relay = Relay(
             loop, config, clock, log, metrics, self._wheel, sessions, admission, self._upstreams, book, waits
         )
+        self._ready = NodeReadiness(
+            context.region, self._standing, self._spool, totals, lambda: self._acceptor, clock, log
+        )
         self._web = WebServer(
             WebContext(
                 models=config.model,
-                readiness=self._readiness,
+                readiness=self._ready.read,
                 authorise=lambda request: self._relay.authorize(request)[1],
                 preflight=self._relay.preflight,
                 cors=self._relay.cors,
@@ -162,10 +189,12 @@ class WorkerServices:
         self._acceptor = Acceptor(loop, listeners.of_slot(slot), self._door.accept, log)
         self._adoption = Adoption(
             context.region,
-            slot,
-            config.server.workers,
+            context.birth,
             lambda other: Acceptor(loop, listeners.tcp_of_slot(other), self._door.accept, log),
         )
+        passage = blueprint.passage
+        self._hand_over = HandOver(loop, self._door, passage, log) if passage is not None else None
+        self._arrivals = Arrivals(loop, self._door, passage) if passage is not None else None
         self._admin = AdminServer(
             AdminContext(
                 region=context.region,
@@ -191,6 +220,8 @@ class WorkerServices:
         await self._web.start(self._context.loop)
         await self._admin.start(self._listeners.admin)
         self._acceptor.resume()
+        if self._arrivals is not None:
+            self._arrivals.resume()
 
     # --- while it serves -----------------------------------------------------------------------------------------
 
@@ -204,13 +235,40 @@ class WorkerServices:
         active = len(connections) - self._door.count(ClientState.IDLE)
         return max(self._relay.live, active, len(connections) if self._is_last_read else 0)
 
+    @property
+    def held(self) -> int:
+        return max(self._relay.live, len(self._door.connections))
+
+    @property
+    def running(self) -> int:
+        return self._relay.live
+
+    @property
+    def finished(self) -> int:
+        return self._relay.finished - self._relay.endings.over
+
+    @property
+    def handed_over(self) -> int:
+        return self._hand_over.count if self._hand_over is not None else 0
+
+    @property
+    def ended(self) -> int:
+        return self._relay.endings.count
+
+    @property
+    def named(self) -> list[dict[str, Any]]:
+        return self._relay.endings.named
+
     def pulse(self) -> None:
         now = self._clock.monotonic()
+        self._ready.pulse(now)
         self._relay.tick(now)
         self._wheel.tick(now)
         self._adoption.pulse()
         self._maybe_learn_revocations()
         self._maybe_leave_node()
+        if self._part is Part.RETIRING and self._hand_over is not None:
+            self._hand_over.look()
 
     def tick(self) -> None:
         self._upstreams.tick()
@@ -224,8 +282,10 @@ class WorkerServices:
             self._revocations.expire(self._clock.wall())
 
     def _serve(self, conn: ClientConnection, request: Request) -> None:
-        if self._standing.state is State.DRAINING:
+        if self._part is Part.DRAINING:
             raise Refusal(503, "draining", "This server is shutting down.", retry_after_s=DRAIN_RETRY_S, close=True)
+        if self._ready.is_refusing:
+            raise Refusal(503, "overloaded", "This server is overloaded.", retry_after_s=OVERLOAD_RETRY_S)
         self._maybe_learn_revocations()  # one holds from the answer to it on, not from the next pulse
         self._relay.serve(conn, request)
 
@@ -240,32 +300,6 @@ class WorkerServices:
         ended = self._relay.revoke(self._revocations.is_revoked)
         if ended:
             self._log.info("requests_revoked", requests=ended)
-
-    def _readiness(self) -> Readiness:
-        state = self._standing.state
-        if state is not State.READY:
-            return Readiness(False, state.name.lower())
-        broken = self._spool.broken_reason
-        if broken is not None:
-            return Readiness(False, "spool_unavailable", details={"spool": broken})
-        return Readiness(True, details=self._telemetry())
-
-    def _telemetry(self) -> dict[str, object]:
-        """Whether rows flow: a store that is down keeps nobody from being served, but should be seen."""
-        slot = self._context.region.slots - 2
-        gauges = read(self._context.region, self._clock.monotonic(), [slot]).gauges
-        waiting = sum(gauges.get("proxyd_telemetry_spool_bytes", {}).values())
-        details: dict[str, object] = {
-            "telemetry": Beat(self._context.region, slot).state.name.lower(),
-            "spool_bytes": waiting,
-            "limits": self._totals.read(self._clock.monotonic()),
-        }
-        trouble = store_trouble(gauges)
-        if trouble is not None:
-            # The admin listener tells the path as well; this route is public.
-            reason = trouble["reason"].rpartition(": ")[2]
-            details["store"] = {"state": "failing", "reason": reason, "failing_since": trouble["failing_since"]}
-        return details
 
     def _record(self, answered: Answered) -> None:
         """The access line and the count of what the relay did not answer."""
@@ -293,37 +327,52 @@ class WorkerServices:
 
     # --- the end -------------------------------------------------------------------------------------------------
 
+    def retire(self) -> None:
+        self._part = Part.RETIRING
+        self._leave_listeners(takes_rest=True)
+        # The next generation answers there, with the configuration that holds.
+        self._admin.close_listeners()
+        if self._arrivals is not None and self._hand_over is not None:
+            self._arrivals.pause()
+            self._hand_over.begin()
+        else:
+            self._door.retire(lambda conn: None)
+
     def stop_accepting(self) -> None:
-        slot = self._context.birth.slot
+        was_retiring, self._part = self._part is Part.RETIRING, Part.DRAINING
+        is_kept = self._blueprint.keeps_listeners
         self._maybe_leave_node()
-        self._acceptor.close()
-        self._adoption.close()
         self._door.draining = True
-        for listener in self._listeners.of_slot(slot):
-            self._accept_rest(listener)
-        self._listeners.close_public()
+        if self._hand_over is not None:
+            self._hand_over.stop()
+        if not was_retiring:
+            self._leave_listeners(takes_rest=not is_kept)
+            if self._arrivals is not None:
+                self._arrivals.pause()
+                self._arrivals.take_rest()
         self._is_last_read = True
-        self._context.loop.call_later(LAST_READ_S, self._close_idle)
+        self._context.loop.call_later(LAST_READ_S, self._after_last_read, is_kept)
+        self._context.loop.call_later(KEPT_IDLE_S, self._door.drain)
 
-    def _accept_rest(self, listener: socket.socket) -> None:
-        """Whoever waits in the backlog gets an answer; closing the listener would reset them."""
-        while True:
-            try:
-                sock, address = listener.accept()
-            except OSError:
-                return
-            sock.setblocking(False)
-            self._door.accept(sock, address)
+    def _leave_listeners(self, *, takes_rest: bool) -> None:
+        """Whoever waits in the backlog gets an answer here, or from who keeps the listeners open."""
+        self._acceptor.pause()
+        self._adoption.close()
+        if takes_rest:
+            self._acceptor.accept_rest()
+        self._acceptor.close()
+        self._listeners.close_public()
 
-    def _close_idle(self) -> None:
+    def _after_last_read(self, has_successor: bool) -> None:
         self._is_last_read = False
-        self._door.drain()
+        self._door.drain(fresh_only=not has_successor)
 
-    def abort(self) -> None:
-        self._relay.interrupt()
+    def interrupt(self, keep: int) -> int:
+        return self._relay.interrupt(keep)
 
     async def close(self) -> None:
         self._relay.drop()
+        self._door.drain()
         self._door.close()
         self._asker.close()
         if self._keys is not None:

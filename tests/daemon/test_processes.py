@@ -114,7 +114,7 @@ def test_streams_that_outlast_the_drain_are_ended_properly(start: Callable[..., 
     node.signal(signal.SIGTERM)
     assert client.line() == b"aborted\n"
     assert node.wait_exit() == 0
-    assert node.wait_event("drain_cut", requests=1)
+    assert node.wait_event("drain_report", why="stopped", running=1, ended=1)
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])

@@ -60,11 +60,20 @@ class Trivial:
         slot = context.birth.slot
         self._own = Accepting(self, listeners.of_slot(slot))
         self._adoption = Adoption(
-            context.region, slot, workers, lambda other: Accepting(self, listeners.tcp_of_slot(other))
+            context.region, context.birth, lambda other: Accepting(self, listeners.tcp_of_slot(other))
         )
         self._clients: set[socket.socket] = set()
         self.busy = 0
-        self.streams = 0
+        self.finished = 0
+        self.handed_over = 0
+        self.ended = 0
+        self.named: list[dict[str, object]] = []
+
+    @property
+    def streams(self) -> int:
+        return self.busy
+
+    held = running = streams
 
     async def start(self) -> None:
         self._own.resume()
@@ -89,7 +98,6 @@ class Trivial:
                 time.sleep(1)
         if word == b"hold":
             self.busy += 1
-            self.streams += 1
             client.send(b"held\n")
         elif word == b"state":
             client.send(self._context.standing.state.name.encode() + b"\n")
@@ -99,15 +107,22 @@ class Trivial:
             client.close()
             self.busy = max(0, self.busy - 1)
 
+    def retire(self) -> None:
+        self.stop_accepting()
+
     def stop_accepting(self) -> None:
         self._own.close()
         self._adoption.close()
         self._listeners.close_public()
 
-    def abort(self) -> None:
+    def interrupt(self, keep: int) -> int:
+        if keep >= self.busy:
+            return 0
         for client in self._clients:
             client.send(b"aborted\n")
+        self.ended += self.busy
         self.busy = 0
+        return self.ended
 
     def pulse(self) -> None:
         self._adoption.pulse()
