@@ -155,8 +155,10 @@ async def _end(context: Context, services: Services, beat: Beat, stop: _Stop) ->
     else:
         await drain(services, clock, lambda: end)
     report = tale.report(why, clock.monotonic())
-    tell = context.log.warning if report["ended"] or report["dropped"] else context.log.info
-    tell("drain_report", **report)
+    if report["ended"] or report["dropped"]:
+        context.log.warning("drain_report", **report)
+    else:
+        context.log.info("drain_report", **report)
 
 
 def run_telemetry(
