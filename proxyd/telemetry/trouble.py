@@ -2,10 +2,14 @@
 
 Owns: the back-off, the words in log and status, the count of records in a spool. Must not know: what a commit is.
 Bounds: the pause doubles from RETRY_MIN_S to RETRY_MAX_S, and no pause is longer than what is left until a deadline.
+Invariant: a recovery is told if and only if its failure was; giving up is told in any case.
+
+    fails -> store_failed -> again after REPEAT_S, or for a reason not told yet -> works -> store_recovered
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +25,12 @@ __all__ = ["RETRY_MAX_S", "RETRY_MIN_S", "StoreTrouble", "count_left", "tell_lef
 
 RETRY_MIN_S = 0.05
 RETRY_MAX_S = 5.0
+# Between two lines of one trouble. Half: a night's outage is a thousand lines; twice: a tail of the log looks healthy.
+REPEAT_S = 60.0
+# Between any two lines: a store that fails and recovers all the time is not two lines each.
+GAP_S = 5.0
+# Reasons of one trouble that are told as they come up; a store with more of them has them told each REPEAT_S.
+MAX_REASONS = 8
 # A series of shared memory has 240 bytes for its name and labels.
 MAX_REASON = 200
 # What is read to count records at the very end; a larger spool is told in bytes only. Half a second of a slow core.
@@ -36,7 +46,10 @@ class Gauges(Protocol):
 class StoreTrouble:
     """The failures in a row of one store. `enter`: what status shows of this process."""
 
-    __slots__ = ("_clock", "_enter", "_gauge", "_gauges", "_log", "_pause_s", "_since_s", "_tries")
+    __slots__ = (
+        "_clock", "_enter", "_gauge", "_gauges", "_is_told", "_log", "_pause_s", "_reasons", "_since_s", "_told_s",
+        "_tries",
+    )  # fmt: skip
 
     def __init__(self, gauges: Gauges, log: SpoolLog, clock: Clock, enter: Callable[[State], None]) -> None:
         self._gauges, self._log, self._clock, self._enter = gauges, log, clock, enter
@@ -44,10 +57,13 @@ class StoreTrouble:
         self._pause_s = RETRY_MIN_S
         self._since_s = 0.0
         self._tries = 0
+        self._told_s: float | None = None
+        self._is_told = False
+        self._reasons: set[str] = set()  # told of this trouble
 
     def on_failure(self, error: Exception, left_s: float | None, waiting_rows: int, spool_bytes: int) -> float | None:
-        """Says what failed; the pause until the next try, or None when there is none within `left_s` (None: no
-        deadline)."""
+        """Says what failed, if that is due; the pause until the next try, or None when there is none within `left_s`
+        (None: no deadline)."""
         now = self._clock.monotonic()
         if not self._tries:
             self._since_s = now
@@ -60,6 +76,9 @@ class StoreTrouble:
         if left_s is not None:
             pause_s = min(self._pause_s, left_s) if left_s > 0 else None
         self._pause_s = min(self._pause_s * 2, RETRY_MAX_S)
+        if pause_s is not None and not self._is_due(str(error), now):
+            return pause_s
+        self._told_s, self._is_told = now, True
         self._log.error(
             "store_failed",
             reason=str(error),
@@ -71,12 +90,26 @@ class StoreTrouble:
         )
         return pause_s
 
+    def _is_due(self, reason: str, now: float) -> bool:
+        """Whether this failure gets a line. Reasons are compared without their numbers, which count and name things."""
+        kind = re.sub(r"[0-9]+", "0", reason)
+        is_new = kind not in self._reasons and len(self._reasons) < MAX_REASONS
+        gap_s = GAP_S if is_new else REPEAT_S
+        if self._told_s is not None and now - self._told_s < gap_s:
+            return False
+        if is_new:
+            self._reasons.add(kind)
+        return True
+
     def on_success(self) -> None:
         """The store did what it was asked for."""
         if not self._tries:
             return
-        self._log.info("store_recovered", tries=self._tries, failed_s=round(self._clock.monotonic() - self._since_s, 1))
-        self._tries, self._pause_s = 0, RETRY_MIN_S
+        if self._is_told:
+            failed_s = round(self._clock.monotonic() - self._since_s, 1)
+            self._log.info("store_recovered", tries=self._tries, failed_s=failed_s)
+        self._tries, self._pause_s, self._is_told = 0, RETRY_MIN_S, False
+        self._reasons.clear()
         self._gauge.set(0)
         self._enter(State.READY)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from proxyd.clock import FakeClock
 from proxyd.shm.beats import State
-from proxyd.telemetry.trouble import RETRY_MAX_S, StoreTrouble
+from proxyd.telemetry.trouble import REPEAT_S, RETRY_MAX_S, StoreTrouble
 from tests.unit.telemetry.world import LogBook, Meters, World, final, intent
 
 
@@ -15,12 +15,45 @@ def make() -> tuple[StoreTrouble, LogBook, Meters, FakeClock, list[State]]:
 
 
 def test_the_pause_doubles_to_its_bound_and_is_the_one_that_the_line_tells() -> None:
-    trouble, log, _, _, _ = make()
-    pauses = [trouble.on_failure(OSError("no"), None, 3, 100) for _ in range(10)]
+    trouble, log, _, clock, _ = make()
+    pauses = []
+    for _ in range(10):
+        pauses.append(trouble.on_failure(OSError("no"), None, 3, 100))
+        clock.advance(REPEAT_S)
     assert pauses[:4] == [0.05, 0.1, 0.2, 0.4]
     assert pauses[-1] == RETRY_MAX_S
     assert [fields["retry_s"] for fields in log.named("store_failed")] == pauses
     assert {(fields["waiting_rows"], fields["spool_bytes"]) for fields in log.named("store_failed")} == {(3, 100)}
+
+
+def test_an_outage_of_an_hour_is_a_line_a_minute_with_the_tries_and_one_at_its_end() -> None:
+    trouble, log, _, clock, _ = make()
+    for _ in range(720):
+        trouble.on_failure(OSError("Can't connect to MySQL server (111), connection 4711"), None, 0, 0)
+        clock.advance(5.0)
+    lines = log.named("store_failed")
+    assert len(lines) == 60
+    assert [fields["tries"] for fields in lines[:3]] == [1, 13, 25]
+    trouble.on_success()
+    assert log.named("store_recovered") == [{"tries": 720, "failed_s": 3600.0}]
+
+
+def test_another_reason_is_told_when_it_comes_up_and_not_each_time_they_take_turns() -> None:
+    trouble, log, _, clock, _ = make()
+    for number in range(12):
+        trouble.on_failure(OSError(f"lost {number}" if number % 2 else "refused"), None, 0, 0)
+        clock.advance(5.0)
+    assert [fields["reason"] for fields in log.named("store_failed")] == ["refused", "lost 1"]
+
+
+def test_a_store_that_fails_and_recovers_all_the_time_is_told_every_five_seconds() -> None:
+    trouble, log, _, clock, states = make()
+    for _ in range(100):
+        trouble.on_failure(OSError("no"), None, 0, 0)
+        trouble.on_success()
+        clock.advance(0.5)
+    assert len(log.named("store_failed")) == len(log.named("store_recovered")) == 10
+    assert states == [State.FAILING, State.READY] * 100, "status sees each"
 
 
 def test_a_stop_shortens_the_pause_to_its_deadline_and_then_there_is_none() -> None:
