@@ -20,9 +20,11 @@ import getpass
 import itertools
 import json
 import os
+import random
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,6 +35,7 @@ from tests.daemon.harness import config_text, free_port, model_text, upstream_te
 from tests.daemon.installed import FILES, PROGRAMS, InstalledDaemon, Renewal, broken
 from tests.daemon.load import Failure, Newcomers, Scripted, build, children_of, total
 from tests.daemon.sdk.nginx import Nginx, render
+from tests.daemon.worker_loss import Kill, is_of, stop_look_kill
 
 WAYS = ("tcp", "unix", "nginx-tcp", "nginx-unix")
 BROKEN = ("file_key", "syntax", "no_boot", "file_syntax", "missing", "exit", "file_upstream")
@@ -71,6 +74,11 @@ class Plan:
     drain_timeout_s: float = 120.0
     stream_events: tuple[int, int] = (20, 120)  # at two a second
     stream_rate: float = 2.0
+    sizes: tuple[int, ...] = ()  # how many workers each reload asks for, in turn; none: always `workers`
+    kills: bool = False  # a worker, of any generation, is killed while each renewal is under way (tcp only)
+
+    def workers_of(self, number: int) -> int:
+        return self.sizes[number % len(self.sizes)] if self.sizes else self.workers
 
     def turns(self) -> list[tuple[str, str]]:
         """(kind, how it is broken) of each turn: reloads and upgrades in turn, the broken ones spread evenly."""
@@ -101,6 +109,9 @@ class Outcome:
     ended_by_drain: int = 0
     nginx_errors: list[str] = field(default_factory=list)
     rows: int = 0
+    kills: list[Kill] = field(default_factory=list)
+    lost_with_killed: int = 0
+    workers: int = 0  # as the last good configuration has it
 
 
 class BigNginx(Nginx):
@@ -116,7 +127,7 @@ class BigNginx(Nginx):
 def make_config(folder: Path, port: int, url: str, plan: Plan, number: int) -> str:
     """The node's file; each number gives one with another model in it, so that a reload can be seen."""
     server = f"""listen = ["127.0.0.1:{port}", "unix:{folder}/p.sock"]
-workers = {plan.workers}
+workers = {plan.workers_of(number)}
 drain_timeout = "{plan.drain_timeout_s:g}s"
 """
     upstream = upstream_text(url + "/v1", more="max_connections = 4096\n")
@@ -160,7 +171,7 @@ def stage(folder: Path, plan: Plan) -> Iterator[tuple[InstalledDaemon, Scripted,
 
 
 def run(folder: Path, plan: Plan, *, say: bool = False) -> Outcome:
-    outcome = Outcome()
+    outcome = Outcome(workers=plan.workers_of(0))
     with stage(folder, plan) as (daemon, provider, made, nginx):
         for load in made:
             load.go()
@@ -208,18 +219,30 @@ def take_turn(
             daemon.installed.install(f"9.{number}.0")
         else:
             daemon.config.write_text(make_config(daemon.folder, daemon.port, provider.url, plan, number))
+        killing = threading.Thread(target=kill_some, args=(daemon, outcome), daemon=True)
+        if plan.kills:
+            killing.start()
         renewal = daemon.renew(kind, how)
+        if plan.kills:
+            killing.join(30)
     after = daemon.status()
     faults = []
+    if kind == "reload" and renewal.ok:
+        outcome.workers = plan.workers_of(number)
+    if plan.kills:
+        is_ok_wrong = renewal.ok and bool(how)  # one whose workers are killed may fail, or not
+        pids, how = set(), how or ("" if renewal.ok else "killed")
+    else:
+        is_ok_wrong = renewal.ok == bool(how)
     if after["pid"] != before["pid"] or daemon.process.poll() is not None:
         faults.append(f"the master's pid was {before['pid']}, is {after['pid']}")
     if renewal.result.get("kind") != kind:
         faults.append(f"noted as {renewal.result.get('kind')}")
-    if renewal.ok == bool(how):
+    if is_ok_wrong:
         faults.append(f"noted as ok={renewal.ok}: {renewal.result}")
     if how and not pids <= set(children_of(daemon.process.pid)):
         faults.append(f"workers of before are gone: {pids}")
-    if how and how != "no_boot" and daemon.worker_pids() != pids:
+    if how and how != "no_boot" and not plan.kills and daemon.worker_pids() != pids:
         faults.append(f"other workers serve: {pids} before, {daemon.worker_pids()} now")
     if not how and pids & daemon.worker_pids():
         faults.append(f"workers of before still serve: {pids & daemon.worker_pids()}")
@@ -229,6 +252,16 @@ def take_turn(
         faults.append("the new configuration is not served")
     outcome.faults += [f"{name}: {text}" for text in faults]
     return renewal
+
+
+def kill_some(daemon: InstalledDaemon, outcome: Outcome) -> None:
+    """One of the workers there are at some instant of a renewal: one that serves, starts or retires."""
+    time.sleep(random.random() * 0.6)
+    assert daemon.process is not None
+    with contextlib.suppress(OSError):  # it may end meanwhile, for it may retire
+        titles = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children_of(daemon.process.pid)}
+        pid = random.choice([pid for pid, title in titles.items() if title.startswith(b"proxyd: worker")])
+        outcome.kills.append(stop_look_kill(daemon.port, pid, 0.05))
 
 
 def served_models(daemon: InstalledDaemon) -> list[str]:
@@ -242,7 +275,9 @@ def judge_ends(outcome: Outcome, plan: Plan) -> None:
     good = [renewal for renewal in outcome.renewals if renewal.ok]
     for failure in outcome.failures:
         met = next((renewal for renewal in good if renewal.noted >= failure.asked), None)
-        if (
+        if is_of(failure, outcome.kills):
+            outcome.lost_with_killed += 1
+        elif (
             failure.is_stream
             and failure.kind == "error_event"
             and "draining" in failure.detail
@@ -264,7 +299,7 @@ def judge_rest(outcome: Outcome, daemon: InstalledDaemon, plan: Plan) -> None:
     try:
         wait_for(lambda: not daemon.draining(), 15)
         assert daemon.process is not None
-        wait_for(lambda: len(children_of(daemon.process.pid)) == plan.workers + 1, 15)  # type: ignore[union-attr]
+        wait_for(lambda: len(children_of(daemon.process.pid)) == outcome.workers + 1, 15)  # type: ignore[union-attr]
     except AssertionError:
         outcome.faults.append(f"old generations stay: {daemon.draining()}, {children_of(daemon.process.pid)}")  # type: ignore[union-attr]
     code = daemon.stop(seconds=plan.drain_timeout_s + 20)
@@ -274,7 +309,7 @@ def judge_rest(outcome: Outcome, daemon: InstalledDaemon, plan: Plan) -> None:
         outcome.faults.append("Traceback: " + daemon.log()[daemon.log().index("Traceback") :][:600])
     died = re.findall(r'"event":"(child_died|child_killed|child_silent)"[^\n]*', daemon.log())
     expected_deaths = any(renewal.how == "no_boot" for renewal in outcome.renewals)
-    if died and not expected_deaths:
+    if died and not expected_deaths and not plan.kills:
         outcome.faults.append(f"children died: {len(died)}")
     outcome.rows = len(daemon.rows())
     whole = sum(total(outcome.reports, who)["whole"] for who in ("requests", "streams"))
@@ -305,6 +340,8 @@ def describe(outcome: Outcome) -> str:
     others = f"admin unanswered {outcome.unanswered}, nginx errors {len(outcome.nginx_errors)}"
     lines.append(f"rows {outcome.rows}, {others}")
     lines += [f"  nginx: {line}" for line in outcome.nginx_errors[:5]]
+    if outcome.kills:
+        lines.append(f"{len(outcome.kills)} workers killed, {outcome.lost_with_killed} connections lost with them")
     lines.append(f"faults: {len(outcome.faults)}")
     lines += [f"  {fault}" for fault in outcome.faults[:40]]
     return "\n".join(lines)
@@ -322,6 +359,8 @@ def main() -> int:
     parser.add_argument("--drain", type=float, default=120.0)
     parser.add_argument("--events", default="20,120", help="of a long stream, at two a second: least,most")
     parser.add_argument("--via", default="tcp", help=",".join(WAYS))
+    parser.add_argument("--sizes", default="", help="numbers of workers that the reloads ask for in turn: 2,4,1")
+    parser.add_argument("--kills", action="store_true", help="kill a worker during each renewal")
     parser.add_argument("--nginx", action="store_true", help="as --via nginx-tcp,nginx-unix")
     given = parser.parse_args()
     least, most = (int(word) for word in given.events.split(","))
@@ -329,7 +368,7 @@ def main() -> int:
     ways = ("nginx-tcp", "nginx-unix") if given.nginx else tuple(given.via.split(","))
     plan = Plan(
         given.reloads, given.upgrades, breaks, given.streams, given.rate, ways, given.workers, given.pause,
-        given.drain, (least, most),
+        given.drain, (least, most), 2.0, tuple(int(word) for word in given.sizes.split(",") if word), given.kills,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="renew-") as folder:
         outcome = run(Path(folder), plan, say=True)

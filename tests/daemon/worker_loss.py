@@ -92,7 +92,7 @@ def seat_of(region: Region, pid: int) -> int:
 
 def wait_stopped(pid: int) -> None:
     def is_stopped() -> bool:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "TZX"
 
     wait_for(is_stopped, 10, every=0.001)
 
@@ -124,19 +124,31 @@ def connections_at(port: int) -> dict[int, int]:
     return found
 
 
-def kill_one(daemon: Daemon, region: Region, pid: int, stopped_s: float) -> Kill:
-    """Stops the worker, lets its backlog fill, kills it, waits for its successor."""
-    seat = seat_of(region, pid)
+def stop_look_kill(port: int, pid: int, stopped_s: float) -> Kill:
+    """The three steps above."""
     os.kill(pid, signal.SIGSTOP)
     wait_stopped(pid)
     time.sleep(stopped_s)
     owned = sockets_of(pid)
-    there = connections_at(daemon.port)
-    accepted = frozenset(port for port, inode in there.items() if inode in owned)
+    there = connections_at(port)
+    accepted = frozenset(client for client, inode in there.items() if inode in owned)
     waiting = sum(inode == 0 for inode in there.values())
     kill = Kill(pid, time.monotonic(), accepted, waiting)
     os.kill(pid, signal.SIGKILL)
-    beat = Beat(region, seat)
+    return kill
+
+
+def is_of(failure: Failure, kills: list[Kill]) -> bool:
+    """True if the connection was one that a killed worker had accepted."""
+    return failure.kind in ("reset", "empty", "cut") and any(
+        failure.port in kill.accepted and failure.asked - SLACK_S < kill.at < failure.ended + SLACK_S for kill in kills
+    )
+
+
+def kill_one(daemon: Daemon, region: Region, pid: int, stopped_s: float) -> Kill:
+    """Kills a worker with its backlog full, and waits for its successor."""
+    beat = Beat(region, seat_of(region, pid))
+    kill = stop_look_kill(daemon.port, pid, stopped_s)
 
     def is_back() -> bool:
         return beat.pid not in (0, pid) and beat.state is State.READY
@@ -206,15 +218,7 @@ def run(folder: Path, plan: Plan, *, say: bool = False) -> Outcome:
 
 def judge(outcome: Outcome, failures: list[Failure], plan: Plan) -> None:
     for failure in failures:
-        owner = next(
-            (
-                kill
-                for kill in outcome.kills
-                if failure.port in kill.accepted and failure.asked - SLACK_S < kill.at < failure.ended + SLACK_S
-            ),
-            None,
-        )
-        if owner is not None and failure.kind in ("reset", "empty", "cut"):
+        if is_of(failure, outcome.kills):
             outcome.lost_with_worker += 1
         else:
             near = min(outcome.kills, key=lambda kill: abs(kill.at - failure.ended), default=None)
