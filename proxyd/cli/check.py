@@ -16,19 +16,23 @@ import ssl
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from proxyd.cli.check_found import Found, to_findings
 from proxyd.cli.check_host import host_findings
-from proxyd.cli.output import put
+from proxyd.cli.output import printable, put
 from proxyd.config.load import parse, read_text
 from proxyd.config.locate import KeyPath
 from proxyd.config.schema import Config
-from proxyd.config.secrets import Secrets, resolve
+from proxyd.config.secrets import Secrets, key_text, resolve
 from proxyd.config.sink import ca_file, has_password, is_mysql
 from proxyd.errors import Finding
 from proxyd.host.look import Host, look
 from proxyd.store.schema import StoreError
 from proxyd.store.sink import sqlite_path
+
+if TYPE_CHECKING:
+    from proxyd.cli.probe import Note
 
 OK, ERRORS, UNREADABLE = 0, 1, 2
 WHO = "proxyd --check-config"
@@ -81,12 +85,14 @@ def run(
     path: str,
     *,
     as_json: bool,
+    probe: bool = False,
     environ: Mapping[str, str] = os.environ,
     see: Callable[[Mapping[str, str]], Host] = look,
 ) -> int:
     """Prints the report on stdout; returns the exit code. `see`: how the machine is looked at."""
     try:
         report = _with_surroundings(examine(path, environ), lambda: see(environ))
+        report, in_order = _with_probes(report) if probe else (report, [])
     except OSError as error:
         message = f"cannot read {path}: {error.strerror}"
         if as_json:
@@ -95,17 +101,44 @@ def run(
             put(WHO, f"error {path}: cannot be read: {error.strerror}; name another file with -c")
         return UNREADABLE
     if as_json:
-        text = json.dumps(
-            {
-                "file": path,
-                "errors": report.errors,
-                "warnings": len(report.findings) - report.errors,
-                "findings": [asdict(finding) for finding in report.findings],
-            }
-        )
+        document = {
+            "file": path,
+            "errors": report.errors,
+            "warnings": len(report.findings) - report.errors,
+            "findings": [asdict(finding) for finding in report.findings],
+        }
+        if probe:
+            document["in_order"] = [_in_order(report, note) for note in in_order]
+        text = json.dumps(document)
     else:
-        text = "\n".join(finding.text() for finding in report.findings) or f"{path}: no findings"
+        lines = [_line(**_in_order(report, note)) for note in in_order]
+        lines += [finding.text() for finding in report.findings] or [f"{path}: no findings"]
+        text = "\n".join(map(printable, lines))
     return put(WHO, text) or report.exit_code
+
+
+def _in_order(report: Report, note: Note) -> dict[str, Any]:
+    """What --probe found in order, in the shape of a finding."""
+    config = report.parsed
+    assert config is not None, "nothing is probed without"
+    place = {"file": config.file, "line": config.line_of(*note.key), "key": key_text(note.key)}
+    return {**place, "message": note.text, "name": config.name_of(*note.key)}
+
+
+def _line(file: str, line: int, key: str, message: str, name: str) -> str:
+    return f"ok {file}:{line} {key}{f' ({name})' if name else ''}: {message}"
+
+
+def _with_probes(report: Report) -> tuple[Report, list[Note]]:
+    """The report with what those say whom the file names. A file in error names nobody for certain."""
+    config = report.parsed
+    if config is None:
+        return report, []
+    # Imported where it is asked for: certificates and threads are nothing that a start needs.
+    from proxyd.cli.probe import probe
+
+    found, notes = probe(config, report.secrets)
+    return _added(report, to_findings(config, found)), notes
 
 
 def _with_surroundings(report: Report, see: Callable[[], Host]) -> Report:
@@ -115,6 +148,10 @@ def _with_surroundings(report: Report, see: Callable[[], Host]) -> Report:
         return report
     more = _findings(config, _store(config))
     more += to_findings(config, host_findings(config, see(), default_file=DEFAULT_FILE))
+    return _added(report, more)
+
+
+def _added(report: Report, more: list[Finding]) -> Report:
     return replace(report, findings=tuple(sorted([*report.findings, *more], key=lambda one: (one.line, one.key))))
 
 

@@ -106,6 +106,20 @@ def _refuse_foreign(database: sqlite3.Connection, path: Path) -> None:
         )
 
 
+def missing_and_differing(database: sqlite3.Connection, path: Path) -> tuple[list[str], list[str]]:
+    """What a store that is only read lacks, and what is otherwise than it should be. Raises StoreMisfit when it is not
+    ours."""
+    _refuse_foreign(database, path)
+    missing: list[str] = []
+    differing: list[str] = []
+    for kind, name, _ in _wanted():
+        if database.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (name,)).fetchone() is None:
+            missing.append(f"{kind} {name}")
+        else:
+            differing.extend(_differences(database, kind, name))
+    return missing, differing
+
+
 def _model() -> sqlite3.Connection:
     """An empty store in memory: what the file is compared with."""
     model = sqlite3.connect(":memory:")

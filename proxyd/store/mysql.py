@@ -45,6 +45,7 @@ import re
 from typing import Any
 
 from proxyd.store.mysql_address import MysqlAddress
+from proxyd.store.mysql_durability import LOSES
 from proxyd.store.mysql_faults import SqlFault
 from proxyd.store.mysql_reader import MysqlReader
 from proxyd.store.mysql_rows import STRANGE_TRIES, Inserter, Log
@@ -75,13 +76,6 @@ _MARK = (
 )
 # Between two tries to get a lost session back while nobody uses it.
 _RECONNECT_S = 5.0
-_LOSES = {
-    "innodb_flush_log_at_trx_commit": {
-        0: "up to a second of stored rows when the server process or its machine dies",
-        2: "up to a second of stored rows when the server's machine dies",
-    },
-    "sync_binlog": {0: "replicas and backups by binlog may miss rows when the server's machine dies"},
-}
 
 
 class MysqlStore:
@@ -208,7 +202,7 @@ class MysqlStore:
                 f"{self._address}: binlog_format is STATEMENT, with which the server refuses every row at the isolation"
                 " level that proxyd uses; set it to MIXED or ROW"
             )
-        for name, losses in _LOSES.items():
+        for name, losses in LOSES.items():
             value = int(facts[name])
             if value in losses and (name != "sync_binlog" or facts["log_bin"]) and self._is_news(f"{name} {value}"):
                 if self._log is not None:
