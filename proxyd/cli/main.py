@@ -78,6 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", parents=[file], help="the state of the running daemon")
     status.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
 
+    top = commands.add_parser("top", parents=[file], help="the same, live; q ends it")
+    top.add_argument("--interval", type=_interval, default="2s", metavar="D", help="of the looks; default: %(default)s")
+    top.add_argument("--count", type=_looks, metavar="N", help="end after so many looks; default: never")
+
     token = commands.add_parser("token", parents=[file], help="mint a session token with the configured secret")
     token.add_argument("--user", type=_count, required=True, metavar="ID", help="the user's number: the claim sub")
     token.add_argument("--tenant", default="default", metavar="T", help="default: %(default)s")
@@ -173,6 +177,20 @@ def _count(text: str) -> int:
     if text.isascii() and text.isdigit() and int(text) < 2**64:
         return int(text)
     raise argparse.ArgumentTypeError("write a whole number up to 2^64-1, without a sign")
+
+
+def _looks(text: str) -> int:
+    count = _count(text)
+    if not count:
+        raise argparse.ArgumentTypeError("write a number above 0")
+    return count
+
+
+def _interval(text: str) -> float:
+    seconds = _duration(text)
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError("write a duration from 100ms to 1h")
+    return seconds
 
 
 def _moment(text: str) -> float:

@@ -260,7 +260,7 @@ def test_the_version_names_what_it_stands_on(capsys):
 @pytest.mark.parametrize(
     "argv",
     [
-        ["top"],
+        ["tasks"],
         ["schema", "now"],
         ["usage"],
         ["--nonsense"],
@@ -280,6 +280,9 @@ def test_the_version_names_what_it_stands_on(capsys):
         ["usage", "--user", "1", "--window", "1w"],
         ["usage", "--user", str(2**64)],
         ["--json", "token", "--user", "1"],
+        ["top", "--interval", "50ms"],
+        ["top", "--interval", "2"],
+        ["top", "--count", "0"],
     ],
 )
 def test_arguments_that_mean_nothing_exit_2(argv, capsys):
