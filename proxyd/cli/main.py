@@ -70,9 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the versions of proxyd and what it stands on")
     parser.add_argument("--demo", action="store_true", help="run without a file, a key or a server, with a chat page")
     parser.add_argument("--port", type=_port, metavar="N", help="with --demo: the page's port")
-    parser.add_argument("--check-config", action="store_true", help="check the file, its secrets and directories")
+    parser.add_argument("--check-config", action="store_true", help="check the file, its secrets, the machine")
     parser.add_argument("--json", action="store_true", help="with --check-config: print JSON")
-    parser.add_argument("--probe", action="store_true", help="with --check-config: not available in this version")
+    parser.add_argument("--probe", action="store_true", help="with --check-config: ask upstreams and the store")
 
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     status = commands.add_parser("status", parents=[file], help="the state of the running daemon")
@@ -133,10 +133,7 @@ def _command(module: str) -> Callable[[argparse.Namespace], int]:
 def _check(args: argparse.Namespace) -> int:
     from proxyd.cli import check
 
-    if args.probe:
-        message = "--probe is not available in this version; nothing was checked; leave it off"
-        return fail("proxyd", check.UNREADABLE, message)
-    return check.run(args.config, as_json=args.json)
+    return check.run(args.config, as_json=args.json, probe=args.probe)
 
 
 def _serve(path: str, environ: Mapping[str, str]) -> int:
