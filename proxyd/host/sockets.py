@@ -1,209 +1,188 @@
-"""Listeners: made once in the master, inherited by the workers.
+"""Listeners: made once in the master or inherited by it, and from it by the workers.
 
-Owns binding, socket options and the Unix path's life. Must not know HTTP, configuration or processes.
+Owns which sockets a node listens on and which of them each slot accepts on. Must not know how an address is bound
+(host/binding.py), HTTP, configuration or processes.
 
-    TCP address    one SO_REUSEPORT listener per slot. It belongs to the slot, not to the worker: the master keeps it
-                   open, so what waits in a dead worker's backlog is accepted by its successor.
-    Unix path      one listener that all workers accept on. It is bound under a temporary name and renamed over the
-                   path, so there is no instant without a socket and a stale file needs no unlinking.
+    TCP address    one listener per slot. It belongs to the slot, not to the worker: the master keeps it open, so what
+                   waits in a dead worker's backlog is accepted by its successor.
+    Unix path      one listener that all workers accept on.
+    given          k sockets that the service manager or an earlier image bound, for N slots: slot i has socket j for
+                   j % N == i; with fewer sockets than slots it has socket i % k, like a Unix path's.
 
-Who may bind: SO_REUSEPORT would let a second daemon of the same user steal half of the connections in silence, so
-each address is first tried without it. A Unix path that answers is refused while the process that listens there
-lives; orphans of a killed master may still accept on it, and are recognised by SO_PEERCRED naming a dead process.
-Errors: ListenError (EADDRINUSE, EACCES, EADDRNOTAVAIL ...) names the address; nothing stays open then.
+A reload makes a second object (`renewed`) that has the same sockets for what stays. After it one of both is released:
+the old one, or after a failed reload the new one. The rule for k and N holds there too: nobody's backlog is lost when
+slots go, and it is served by those that remain.
+Errors: ListenError (EADDRINUSE, EACCES, EADDRNOTAVAIL ...) names the address; nothing that was made stays open then.
 """
 
 from __future__ import annotations
 
-import errno
-import os
+import re
 import socket
-import stat
-import struct
-from collections.abc import Sequence
-from typing import Protocol
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-USER_TIMEOUT_MS = 30_000  # unacknowledged data or a zero window; half cuts phones in tunnels, twice doubles orphans
-NOTSENT_LOWAT_BYTES = 16_384  # a client that stops reading is seen at 16 KB, not at 5 MB; half costs system calls
-KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3
-UNIX_MODE = 0o660  # the reverse proxy joins our group; nobody else on the machine passes for a trusted proxy
+from proxyd.host.binding import (
+    KEEPALIVE_IDLE_S,
+    KEEPALIVE_INTERVAL_S,
+    KEEPALIVE_PROBES,
+    NOTSENT_LOWAT_BYTES,
+    USER_TIMEOUT_MS,
+    Address,
+    ListenError,
+    UnixListener,
+    bind_tcp,
+    refuse_live,
+    resolve,
+    set_client_options,
+    text,
+)
+from proxyd.host.given import take
+
+__all__ = [
+    "KEEPALIVE_IDLE_S", "KEEPALIVE_INTERVAL_S", "KEEPALIVE_PROBES", "NOTSENT_LOWAT_BYTES", "SOCKSTAT",
+    "USER_TIMEOUT_MS", "Address", "ListenError", "Listeners", "UnixListener", "bind_tcp", "count_time_wait",
+    "refuse_live", "set_client_options",
+]  # fmt: skip
+
+ADMIN_BACKLOG = 128
+_ANYWHERE = ("0.0.0.0", "::")  # noqa: S104  they are looked for, not bound
 
 
-class ListenError(OSError):
-    """An address that cannot be had. `address` is as the configuration writes it; `strerror` tells the whole."""
+@dataclass(slots=True)
+class _Bound:
+    """One address and its sockets. Compared by identity: two objects may share sockets, not what they are."""
 
-    def __init__(self, code: int | None, address: str, why: str) -> None:
-        super().__init__(code, f"cannot listen on {address}: {why}")
-        self.address = address
-
-
-class Address(Protocol):
-    """What is read of a configured listen address (config.schema.Listen has these)."""
+    host: str
+    port: int
+    path: str
+    socks: list[socket.socket]
+    unix: UnixListener | None = None
+    is_given: bool = False  # bound by somebody else: perhaps without SO_REUSEPORT, so no further one is bound beside it
 
     @property
-    def kind(self) -> str: ...
+    def text(self) -> str:
+        return f"unix:{self.path}" if self.path else text(self.host, self.port)
+
     @property
-    def host(self) -> str | None: ...
-    @property
-    def port(self) -> int | None: ...
-    @property
-    def path(self) -> str | None: ...
-
-
-def bind_tcp(host: str, port: int, count: int, backlog: int) -> list[socket.socket]:
-    """`count` listeners that share one address and port. Port 0: they share the one the kernel chose."""
-    family, address = _resolve(host, port)
-    made: list[socket.socket] = []
-    try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            _prepare(probe, family)
-            probe.bind(address)
-        for _ in range(count):
-            listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            made.append(listener)
-            _prepare(listener, family)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            set_client_options(listener)
-            listener.bind(address)
-            address = listener.getsockname()
-        # Listening only when all are bound: else the first would take, and lose, connections on a failed start.
-        for listener in made:
-            listener.listen(backlog)
-    except OSError as error:
-        for listener in made:
-            listener.close()
-        raise ListenError(error.errno, _text(host, port), os.strerror(error.errno or 0)) from error
-    return made
-
-
-def _text(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def set_client_options(sock: socket.socket) -> None:
-    """Options of a TCP client socket. Set on the listener: Linux copies every one of them to what it accepts, so
-    accepting costs no system call for them (a test compares both)."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-
-
-def _prepare(sock: socket.socket, family: int) -> None:
-    # Else the TIME_WAIT of a previous life keeps the port for a minute.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if family == socket.AF_INET6:
-        # [::]:3000 and 0.0.0.0:3000 are two addresses in the file; neither may take the other's port.
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-
-
-def _resolve(host: str, port: int) -> tuple[int, tuple[str, int]]:
-    """Family and address. Only numeric addresses and names of the local files; the first answer is taken."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except socket.gaierror as error:
-        raise ListenError(errno.EADDRNOTAVAIL, _text(host, port), error.strerror or "not an address") from error
-    family, _, _, _, address = found[0]
-    return family, address  # type: ignore[return-value]
-
-
-class UnixListener:
-    """One listening Unix socket and the path that leads to it."""
-
-    __slots__ = ("_inode", "path", "sock")
-
-    def __init__(self, path: str, backlog: int, mode: int = UNIX_MODE) -> None:
-        refuse_live(path)
-        self.path = path
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        temporary = f"{path}.{os.getpid()}"
-        try:
-            try:
-                os.unlink(temporary)
-            except FileNotFoundError:
-                pass
-            self.sock.bind(temporary)
-            try:
-                os.chmod(temporary, mode)  # before listening: nobody connects under a wider mask
-                self.sock.listen(backlog)
-                self._inode = os.stat(temporary).st_ino
-                os.rename(temporary, path)
-            except OSError:
-                os.unlink(temporary)
-                raise
-        except OSError as error:
-            self.sock.close()
-            raise ListenError(error.errno, f"unix:{path}", error.strerror or str(error)) from error
-
-    def unlink(self) -> None:
-        """Removes the path if it still leads here; a successor's stays."""
-        try:
-            if os.lstat(self.path).st_ino == self._inode:
-                os.unlink(self.path)
-        except OSError:
-            pass
-
-
-def refuse_live(path: str) -> None:
-    """Raises OSError if the path is no socket, or if a living process listens there."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise ListenError(errno.EEXIST, f"unix:{path}", "the path is there and is not a socket")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            return
-        except BlockingIOError:
-            raise ListenError(errno.EADDRINUSE, f"unix:{path}", "in use, its backlog is full") from None
-        credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    # The pid that called listen(): the master of whoever accepts there. 0 is a process outside our pid namespace.
-    pid = struct.unpack("3i", credentials)[0]
-    if pid == 0 or os.path.exists(f"/proc/{pid}"):
-        raise ListenError(errno.EADDRINUSE, f"unix:{path}", f"in use by process {pid}")
+    def told(self) -> str:
+        """The text with the port that the kernel chose for port 0."""
+        return self.text if self.path else text(self.host, _port(self))
 
 
 class Listeners:
     """All listening sockets of the node, as the master holds them.
 
-    `public[slot]` are a worker's own; `admin` are shared by all. A forked child inherits all of them.
+    `public[slot]` are a worker's own; `admin` are shared by all. A forked child inherits all of them. `given`: sockets
+    that listen already, matched by their own address; what matches none is closed.
     """
 
-    __slots__ = ("_unix", "admin", "public")
+    __slots__ = ("_admin", "_backlog", "_bound", "_is_stored", "_slots", "admin", "public")
 
-    def __init__(self, listen: Sequence[Address], admin: Sequence[Address], slots: int, backlog: int) -> None:
-        self.public: list[list[socket.socket]] = [[] for _ in range(slots)]
-        self.admin: list[socket.socket] = []
-        self._unix: list[UnixListener] = []
+    def __init__(
+        self,
+        listen: Sequence[Address],
+        admin: Sequence[Address],
+        slots: int,
+        backlog: int,
+        given: Iterable[socket.socket] = (),
+    ) -> None:
+        self._slots, self._backlog, self._is_stored = slots, backlog, False
+        self._bound: list[_Bound] = []
+        self._admin: list[_Bound] = []
+        offered = list(given)
         try:
             for address in listen:
-                if address.kind == "unix":
-                    shared = self._bind_unix(address, backlog)
-                    for own in self.public:
-                        own.append(shared)
-                else:
-                    made = bind_tcp(address.host or "", address.port or 0, slots, backlog)
-                    for own, listener in zip(self.public, made, strict=True):
-                        own.append(listener)
+                self._bound.append(_given(address, offered, backlog) or _bind(address, slots, backlog))
             for address in admin:
-                if address.kind == "unix":
-                    self.admin.append(self._bind_unix(address, 128))
-                else:
-                    self.admin += bind_tcp(address.host or "", address.port or 0, 1, 128)
+                self._admin.append(_given(address, offered, ADMIN_BACKLOG) or _bind(address, 1, ADMIN_BACKLOG))
         except OSError:
+            self._spread()
             self.unlink()
             self.close()
             raise
+        finally:
+            used = {sock for one in (*self._bound, *self._admin) for sock in one.socks}
+            for sock in offered:
+                if sock not in used:
+                    sock.close()
+        self._spread()
 
-    def _bind_unix(self, address: Address, backlog: int) -> socket.socket:
-        listener = UnixListener(address.path or "", backlog)
-        self._unix.append(listener)
-        return listener.sock
+    def renewed(self, listen: Sequence[Address], slots: int, backlog: int) -> Listeners:
+        """What a reload to these addresses, slots and backlog listens on; the admin listeners stay. This object is as
+        it was, except that what both have is listened to with the new backlog; `release` of the new one undoes it."""
+        new = Listeners.__new__(Listeners)
+        new._slots, new._backlog, new._is_stored = slots, backlog, self._is_stored
+        new._bound, new._admin = [], self._admin
+        try:
+            for address in listen:
+                old = self._find(address)
+                if old is None:
+                    new._bound.append(_bind(address, slots, backlog, is_ours=self._overlaps(address)))
+                    continue
+                words = address.host or "", address.port or 0, address.path or ""
+                kept = _Bound(*words, list(old.socks), old.unix, old.is_given)
+                new._bound.append(kept)
+                if not old.path and not old.is_given and len(old.socks) < slots:
+                    kept.socks += bind_tcp(kept.host, _port(old), slots - len(old.socks), backlog, is_ours=True)
+            if backlog != self._backlog:
+                _listen_again(self._shared(new), backlog)
+        except OSError:
+            new._spread()
+            new.release(self)
+            raise
+        new._spread()
+        return new
+
+    def release(self, keep: Listeners | None) -> None:
+        """In the master: closes what `keep` does not have, and removes its Unix paths."""
+        kept = set() if keep is None else {sock for one in keep._bound for sock in one.socks}
+        if keep is not None:
+            kept |= set(keep.admin)
+            if keep._backlog != self._backlog:
+                _listen_again(self._shared(keep), keep._backlog)
+        for one in (*self._bound, *self._admin):
+            if one.unix is not None and one.unix.sock not in kept:
+                one.unix.unlink()
+            for sock in one.socks:
+                if sock not in kept:
+                    sock.close()
+
+    def _shared(self, other: Listeners) -> list[socket.socket]:
+        theirs = {sock for one in other._bound for sock in one.socks}
+        return [sock for one in self._bound for sock in one.socks if sock in theirs]
+
+    def _find(self, address: Address) -> _Bound | None:
+        """What listens there already: under the same words, or under others for the same address."""
+        for one in self._bound:
+            if (one.host, one.port, one.path) == (address.host or "", address.port or 0, address.path or ""):
+                return one
+        if address.kind != "unix" and address.port:
+            family, name = resolve(address.host or "", address.port)
+            for one in self._bound:
+                if not one.path and one.socks[0].family == family and one.socks[0].getsockname()[:2] == name[:2]:
+                    return one
+        return None
+
+    def _overlaps(self, address: Address) -> bool:
+        """True if one of ours has the port at all interfaces, or is to have it at all while ours has it at one: then
+        it cannot be tried whether somebody else has it, and nobody can."""
+        if address.kind == "unix":
+            return False
+        hosts = {one.socks[0].getsockname()[0] for one in self._bound if not one.path and _port(one) == address.port}
+        return bool(hosts) and (address.host in _ANYWHERE or not hosts.isdisjoint(_ANYWHERE))
+
+    def _spread(self) -> None:
+        """Who accepts on what; a socket that two addresses share is there once."""
+        self.public: list[list[socket.socket]] = [[] for _ in range(self._slots)]
+        for one in self._bound:
+            count = len(one.socks)
+            for slot, own in enumerate(self.public):
+                mine = one.socks[slot :: self._slots] or [one.socks[slot % count]]
+                own += [sock for sock in mine if sock not in own]
+        self.admin: list[socket.socket] = [sock for one in self._admin for sock in one.socks]
 
     def of_slot(self, slot: int) -> list[socket.socket]:
         """What the slot's worker accepts on. It has the others' too, to stand in for a slot that cannot come back."""
@@ -215,37 +194,147 @@ class Listeners:
 
     def addresses(self) -> list[str]:
         """Where clients come in, as the configuration writes it, with the port that the kernel chose for port 0."""
-        told = []
-        for sock in self.public[0]:
-            if sock.family == socket.AF_UNIX:
-                told += [f"unix:{one.path}" for one in self._unix if one.sock is sock]
-            else:
-                told.append(_text(*sock.getsockname()[:2]))
-        return told
+        return [one.told for one in self._bound]
+
+    def fds(self) -> list[int]:
+        """All descriptors, each once: to be inheritable before execve."""
+        return sorted({sock.fileno() for one in (*self._bound, *self._admin) for sock in one.socks})
+
+    def named(self) -> dict[str, list[int]]:
+        """The public listeners' descriptors by a name each address has for good: for the manager's descriptor store,
+        whose names have neither colons nor more than 255 characters."""
+        found: dict[str, list[int]] = {}
+        for one in self._bound:
+            words = re.sub(r"[^A-Za-z0-9._-]+", "_", one.told)[:100]
+            fds = found.setdefault(f"listen-{words}-{zlib.crc32(one.told.encode()):08x}", [])
+            fds += [sock.fileno() for sock in one.socks]
+        return found
+
+    def keep_stored(self) -> None:
+        """The service manager holds them: from now on the end of this process removes no public path."""
+        self._is_stored = True
+
+    # --- across execve ---------------------------------------------------------------------------------------------
+
+    def to_state(self) -> dict[str, Any]:
+        """What `from_state` makes this of again, in plain JSON."""
+        return {
+            "slots": self._slots,
+            "backlog": self._backlog,
+            "stored": self._is_stored,
+            "public": [_state(one) for one in self._bound],
+            "admin": [_state(one) for one in self._admin],
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Listeners:
+        """In the image after execve: the same listeners, closed by the next one. Raises ValueError when a descriptor is
+        no listening socket or the state is no such state; the descriptors are the caller's then."""
+        new = cls.__new__(cls)
+        made: dict[int, socket.socket] = {}
+        try:
+            new._slots, new._backlog = int(state["slots"]), int(state["backlog"])
+            new._is_stored = bool(state["stored"])
+            if new._slots < 1:
+                raise ValueError(f"{new._slots} slots")
+            new._bound = [_restore(one, made) for one in state["public"]]
+            new._admin = [_restore(one, made) for one in state["admin"]]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            for sock in made.values():
+                sock.detach()
+            raise ValueError(f"listeners cannot be taken over: {type(error).__name__}: {error}") from error
+        for sock in made.values():
+            sock.set_inheritable(False)
+            sock.setblocking(False)
+        new._spread()
+        return new
+
+    # --- the end -------------------------------------------------------------------------------------------------
 
     def close_public(self) -> None:
         """In a process that accepts no more. A listener ends, and the kernel refuses newcomers, when the master and
         every worker closed it; the paths are the master's to remove."""
-        for own in self.public:
-            for sock in own:
+        for one in self._bound:
+            for sock in one.socks:
                 sock.close()
 
     def unlink_public(self) -> None:
-        """In the master, when it drains: nobody finds the Unix listeners any more."""
-        for listener in self._unix:
-            if listener.sock not in self.admin:
-                listener.unlink()
+        """In the master, when it drains: nobody finds the Unix listeners any more. Not if they are kept for a
+        successor."""
+        for one in self._bound:
+            if one.unix is not None and not self._is_stored:
+                one.unix.unlink()
 
     def close(self) -> None:
         """Closes everything. In the master `unlink` comes first."""
         self.close_public()
-        for sock in self.admin:
-            sock.close()
+        for one in self._admin:
+            for sock in one.socks:
+                sock.close()
 
     def unlink(self) -> None:
         """In the master, at its end."""
-        for listener in self._unix:
-            listener.unlink()
+        self.unlink_public()
+        for one in self._admin:
+            if one.unix is not None:
+                one.unix.unlink()
+
+
+def _given(address: Address, offered: list[socket.socket], backlog: int) -> _Bound | None:
+    found = take(address, offered, backlog)
+    if found is None:
+        return None
+    if isinstance(found, UnixListener):
+        return _Bound("", 0, found.path, [found.sock], found, is_given=True)
+    return _Bound(address.host or "", address.port or 0, "", found, is_given=True)
+
+
+def _port(one: _Bound) -> int:
+    return int(one.socks[0].getsockname()[1])
+
+
+def _bind(address: Address, count: int, backlog: int, *, is_ours: bool = False) -> _Bound:
+    if address.kind == "unix":
+        listener = UnixListener(address.path or "", backlog)
+        return _Bound("", 0, listener.path, [listener.sock], listener)
+    host, port = address.host or "", address.port or 0
+    return _Bound(host, port, "", bind_tcp(host, port, count, backlog, is_ours=is_ours))
+
+
+def _listen_again(socks: Iterable[socket.socket], backlog: int) -> None:
+    """Another backlog for sockets that listen: what waits there stays."""
+    for sock in socks:
+        sock.listen(backlog)
+
+
+# --- state -------------------------------------------------------------------------------------------------------
+
+
+def _state(one: _Bound) -> dict[str, Any]:
+    return {
+        "host": one.host,
+        "port": one.port,
+        "path": one.path,
+        "fds": [sock.fileno() for sock in one.socks],
+        "inode": one.unix.inode if one.unix is not None else 0,
+        "given": one.is_given,
+    }
+
+
+def _restore(state: dict[str, Any], made: dict[int, socket.socket]) -> _Bound:
+    """`made`: sockets by descriptor, which two addresses may share."""
+    socks = []
+    for fd in state["fds"]:
+        if fd not in made:
+            made[fd] = socket.socket(fileno=fd)
+        if not made[fd].getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise ValueError(f"descriptor {fd} does not listen")
+        socks.append(made[fd])
+    if not socks:
+        raise ValueError("an address without descriptors")
+    path = str(state["path"])
+    unix = UnixListener.of(socks[0], path, int(state["inode"])) if path else None
+    return _Bound(str(state["host"]), int(state["port"]), path, socks, unix, bool(state["given"]))
 
 
 # Not /proc/net, which is not there where only processes are visible (ProcSubset=pid of the shipped unit).

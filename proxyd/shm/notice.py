@@ -2,7 +2,7 @@
 
 Owns two buffers in the region, used in turn. Must not know what the words mean.
 
-    | n | ... 64 bytes | length, crc32, ... 64 bytes | JSON | length, crc32, ... | JSON |      notice n is in buffer n % 2
+    | n | ... 64 bytes | length, crc32, ... 64 bytes | JSON | length, crc32, ... | JSON |    notice n is in buffer n % 2
 
 Invariants: the master alone writes; a notice is whole before n names it, and its buffer is not touched again before
 the next one was published. So a reader that finds n unchanged behind it has read no half, and a master that died in
