@@ -82,8 +82,7 @@ def _jwks(config: Config, outcome: Outcome, now: float) -> None:
         certificate = None
         if is_tls:
             sock, certificate = net.handshake(sock, ssl.create_default_context(), host)
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        return *net.get(sock, target, [("Host", parts.netloc.rpartition("@")[2])]), certificate
+        return *net.get(sock, parts.path or "/", [("Host", parts.netloc.rpartition("@")[2])]), certificate
 
     (found,) = net.gather([fetch], STEP_S)
     if isinstance(found, Exception):

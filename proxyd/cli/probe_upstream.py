@@ -158,7 +158,8 @@ class UpstreamProbe:
         try:
             sock, certificate = self._handshake(address)
         except ProbeError as error:
-            more = net.ended(address, self.origin.host, self.now)
+            is_refused = isinstance(error.__cause__, ssl.SSLCertVerificationError)
+            more = net.ended(address, self.origin.host, self.now) if is_refused else ""
             remedy = error.remedy or "is this the right port, and does it speak TLS 1.2?"
             outcome.error(self.place, f"{error}{more}", remedy)
             return False

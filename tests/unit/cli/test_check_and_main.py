@@ -292,13 +292,6 @@ def test_arguments_that_mean_nothing_exit_2(argv, capsys):
     assert "usage: proxyd" in capsys.readouterr().err
 
 
-def test_probe_says_that_it_checked_nothing(capsys):
-    assert main(["--check-config", "--probe"]) == 2
-    captured = capsys.readouterr()
-    assert "not available in this version" in captured.err
-    assert captured.out == ""
-
-
 def test_the_file_may_be_named_before_and_after_a_command(node, capsys):
     node.path.write_text(node.text)
     tokens = []
