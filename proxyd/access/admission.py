@@ -37,7 +37,7 @@ from proxyd.errors import Refusal
 from proxyd.shm.ledger import Account, SlotLedger, Tenant
 from proxyd.shm.metrics import Metrics
 
-__all__ = ["Admission", "NeedsReading", "Ticket", "TicketState"]
+__all__ = ["Admission", "NeedsReading", "Ticket", "TicketState", "decide_wait_s"]
 
 # Completion tokens to expect of a user who has none behind him yet. Half lets more of a new user's requests start side
 # by side than a small quota pays for; twice refuses the second of two short ones.
@@ -50,6 +50,8 @@ LEAST_COMPLETION = 16
 PARTS_OF_A_MINUTE = 16
 # What a client that finds all permits taken waits when nobody has given one back yet.
 UNKNOWN_WAIT_S = 10
+# The longest such wait. Half brings clients back too early behind long answers; twice is longer than they stay.
+MAX_WAIT_S = 60
 # Sessions whose first sight is remembered here, too, for the ledger has a user's last eight; 150 bytes each.
 MAX_FIRST_SEEN = 10_000
 # A token seen this soon after its `iat` is charged from there on: what its user spent in the same second was not with
@@ -317,11 +319,19 @@ def _expected(average: int | None, max_tokens: int | None) -> int:
     return expected if max_tokens is None else min(expected, max(LEAST_COMPLETION, max_tokens))
 
 
+def decide_wait_s(average_s: float, elapsed_s: float) -> int:
+    """When to ask again for the permit of a request that has run for `elapsed_s`. Answers differ, so it is given a
+    quarter more than the average; one that is past the average is taken for half done."""
+    left_s = 1.25 * average_s - elapsed_s if elapsed_s <= average_s else elapsed_s
+    return min(MAX_WAIT_S, max(1, math.ceil(left_s)))
+
+
 def _too_many(tenant: Tenant, limit: int, now: float) -> Refusal:
     average_ms = tenant.average_ms
     wait_s = UNKNOWN_WAIT_S
     if average_ms is not None:
-        wait_s = math.ceil(average_ms / 1000 - (now - tenant.oldest_start(limit)))
+        # The start is a whole second, rounded down: counted from the next one, nobody is called back too early for it.
+        wait_s = decide_wait_s(average_ms / 1000, max(0.0, now - 1 - tenant.oldest_start(limit)))
     return Refusal(
         429,
         "concurrency_limit_exceeded",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from proxyd.access.admission import PARTS_OF_A_MINUTE, Ticket, TicketState
+from proxyd.access.admission import PARTS_OF_A_MINUTE, Ticket, TicketState, decide_wait_s
 from proxyd.access.session import OFF_SESSION
 from proxyd.access.ticket import MOST_LEARNT
 from proxyd.errors import Refusal
@@ -39,9 +39,19 @@ def test_a_full_house_says_when_its_oldest_request_may_end() -> None:
     ticket.release()
     here.first.admit(session(None), "m")
     here.clock.advance(6)
-    assert headers_of(refusal_of(here.second, session(None)))["retry-after"] == "14"
+    assert headers_of(refusal_of(here.second, session(None)))["retry-after"] == "20"
     here.clock.advance(100)
-    assert headers_of(refusal_of(here.second, session(None)))["retry-after"] == "1"
+    assert headers_of(refusal_of(here.second, session(None)))["retry-after"] == "60"
+
+
+@pytest.mark.parametrize(
+    ("average_s", "elapsed_s", "wait_s"),
+    [(20, 0, 25), (20, 5, 20), (20, 20, 5), (20, 21, 21), (0.2, 0, 1), (0.2, 0.2, 1), (4, 4.5, 5), (20, 900, 60)],
+)
+def test_a_client_is_called_back_a_little_late_rather_than_too_early(
+    average_s: float, elapsed_s: float, wait_s: int
+) -> None:
+    assert decide_wait_s(average_s, elapsed_s) == wait_s
 
 
 def test_a_dead_worker_s_permits_and_holds_come_back() -> None:
