@@ -1,0 +1,324 @@
+"""Alerts, percentiles, `proxyd status` and `proxyd top`, of a real node.
+
+One node for most tests: an alert takes ten seconds to clear, and other tests run meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.daemon.harness import ROOT, Daemon, Reply, Upstream, Wire, node, request_bytes, wait_for
+
+PATH = "/v1/chat/completions"
+EVENT = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
+STREAMS = "streams_active >= 1"
+NEVER = "queue_depth > 800"
+ALERTS = f'alert_on = ["{STREAMS}", "{NEVER}", "p99_latency > 1h"]\npercentiles = [0.5, 0.9, 0.99]'
+# Nobody measures a delay of a loaded machine exactly; what the daemon measured is in its log.
+DELAYS_S = [0.06 * 1.07**step for step in range(40)]
+
+
+def stream_late(wire: Wire) -> None:
+    """The first event comes after the delay that the prompt names; "hold" holds the stream open."""
+    prompt = wire.seen.json["messages"][0]["content"]
+    if prompt == "hold":
+        wire.stream(EVENT, end=False)
+        wire.wait_closed(30)
+        return
+    time.sleep(float(prompt))
+    wire.stream(EVENT, b"data: [DONE]\n\n")
+
+
+def ask(daemon: Daemon, prompt: str) -> Reply:
+    sock = daemon.connect()
+    sock.settimeout(20)
+    body = {"model": "m", "stream": True, "messages": [{"role": "user", "content": prompt}]}
+    sock.sendall(request_bytes(PATH, body, daemon.token()))
+    return Reply(sock)
+
+
+def status_of(daemon: Daemon) -> dict[str, Any]:
+    return json.loads(daemon.admin("/status")[1])  # type: ignore[no-any-return]
+
+
+def events(daemon: Daemon, name: str) -> list[dict[str, Any]]:
+    lines = [line for line in daemon.log().splitlines() if f'"{name}"' in line]
+    return [json.loads(line) for line in lines]
+
+
+def command(daemon: Daemon, *words: str) -> list[str]:
+    return [sys.executable, "-m", "proxyd", "-c", str(daemon.config), *words]
+
+
+def run(daemon: Daemon, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(daemon, *words), cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    upstream = Upstream(stream_late)
+    try:
+        with node(tmp_path_factory.mktemp("node"), upstream, server="workers = 2", monitoring=ALERTS) as found:
+            yield found
+    finally:
+        upstream.close()
+
+
+def test_a_condition_that_stays_true_is_an_alert_everywhere(daemon: Daemon) -> None:
+    reply = ask(daemon, "hold")
+    next(reply.pieces())
+    (line,) = wait_for(lambda: events(daemon, "alert_raised"))
+    assert (line["level"], line["process"], line["alert"], line["value"]) == ("warning", "telemetry", STREAMS, 1.0)
+    assert daemon.metric("proxyd_alert_active", alert=STREAMS) == 1
+    assert daemon.metric("proxyd_alert_active") == 1
+    first, *others = status_of(daemon)["alerts"]
+    assert (first["alert"], first["active"], first["value"], first["unit"]) == (STREAMS, True, 1.0, "")
+    assert abs(time.time() - first["since"]) < 30
+    assert [(one["alert"], one["active"]) for one in others] == [("p99_latency > 1h", False), (NEVER, False)]
+    shown = run(daemon, "status").stdout
+    assert re.search(rf"^ALERT: {STREAMS} since \d{{4}}-.* UTC, now 1$", shown, re.MULTILINE)
+    assert NEVER not in shown
+    reply.sock.close()  # the alert clears while the next tests run
+
+
+def test_the_percentiles_of_status_are_within_5_percent_of_what_was_measured(daemon: Daemon) -> None:
+    wait_for(lambda: len(measured(daemon)) == 1)  # that of the test before
+    threads = [threading.Thread(target=lambda d=delay: ask(daemon, f"{d:.4f}").body()) for delay in DELAYS_S]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    exact = sorted(wait_for(lambda: len(measured(daemon)) == 1 + len(DELAYS_S) and measured(daemon)))
+    told = status_of(daemon)["latency"]["proxyd_time_to_first_event_seconds"]
+    for window in ("last_minute", "since_start"):
+        assert told[window]["count"] == len(exact)
+        for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
+            rank = math.ceil(q * len(exact))
+            assert told[window][name] == pytest.approx(exact[rank - 1], rel=0.05, abs=0.001), (window, name)
+
+
+def measured(daemon: Daemon) -> list[float]:
+    """Each stream's time to its first event, by the access log, in seconds."""
+    lines = [line for line in daemon.access_log() if line["route"] == PATH]
+    return [line["ttft_ms"] / 1000 for line in lines if "ttft_ms" in line]
+
+
+def test_rates_and_pools_are_told(daemon: Daemon) -> None:
+    found = status_of(daemon)
+    assert found["requests"]["per_s"] > 0
+    assert wait_for(lambda: status_of(daemon)["streams"]["events_per_s"]) > 0
+    pool = found["upstreams"]["openai"]["pool"]
+    assert pool.keys() == {"idle", "active", "connecting"}
+    assert pool["idle"] >= 1
+    assert [(worker["slot"], worker["generation"] >= 0) for worker in found["workers"]] == [(0, True), (1, True)]
+    assert found["last_reload"] is None
+
+
+# --- proxyd status and proxyd top on a pipe --------------------------------------------------------------------------
+
+
+def test_a_pipe_gets_plain_text_with_whole_lines(daemon: Daemon) -> None:
+    for words in (["status"], ["top", "--count", "2", "--interval", "100ms"]):
+        found = run(daemon, *words)
+        assert (found.returncode, found.stderr) == (0, "")
+        assert not set(found.stdout) - set(map(chr, range(32, 127))) - {"\n"}
+        assert found.stdout.count("worker 1 ") == (2 if "top" in words else 1)
+        assert "groups: " in found.stdout
+    assert json.loads(run(daemon, "status", "--json").stdout)["pid"] == daemon.process.pid  # type: ignore[union-attr]
+
+
+def test_top_on_a_pipe_without_a_daemon_fails_and_names_the_address(daemon: Daemon, tmp_path: Path) -> None:
+    config = tmp_path / "proxyd.toml"
+    config.write_text(daemon.config.read_text().replace("/admin.sock", "/nobody.sock"))
+    found = subprocess.run(
+        [sys.executable, "-m", "proxyd", "-c", str(config), "top"], cwd=ROOT, capture_output=True, text=True, timeout=30
+    )
+    assert (found.returncode, found.stdout) == (1, "")
+    assert "proxyd top: not running: nothing listens on unix:" in found.stderr
+
+
+def test_a_reader_that_has_enough_ends_top_without_a_word(daemon: Daemon) -> None:
+    line = f"{' '.join(command(daemon, 'top', '--interval', '100ms'))} | head -n 2"
+    found = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert found.stderr == ""
+    assert found.stdout.splitlines()[1].startswith("proxyd ")
+
+
+# --- proxyd top on a terminal ----------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """`proxyd top` on a terminal of 80 columns and 24 rows."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.master, self.slave = pty.openpty()
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self.modes = termios.tcgetattr(self.slave)
+        environ = {**os.environ, "TERM": "xterm-256color"} | {"NO_COLOR": ""}
+        del environ["NO_COLOR"]
+        self.process = subprocess.Popen(
+            command(daemon, "top", "--interval", "100ms"),
+            cwd=ROOT,
+            env=environ,
+            stdin=self.slave,
+            stdout=self.slave,
+            stderr=self.slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C is a signal to who has the terminal
+        )
+        self.out = b""
+
+    def read(self) -> str:
+        while select.select([self.master], [], [], 0)[0]:
+            self.out += os.read(self.master, 65536)
+        return self.out.decode()
+
+    def wait_for(self, text: str) -> None:
+        wait_for(lambda: text in self.read(), 20)
+
+    def frames(self) -> list[list[str]]:
+        """What was drawn, without the codes: each frame begins at the top left."""
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", self.read())
+        frames = re.split(r"\x1b\[H", plain)[1:]
+        return [re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", one).split("\r\n") for one in frames]
+
+    def ends(self) -> int:
+        wait_for(lambda: self.read() is not None and self.process.poll() is not None, 20)
+        self.read()
+        return self.process.returncode
+
+    def is_as_before(self) -> bool:
+        """Modes, the cursor, and the screen that was there."""
+        return (
+            termios.tcgetattr(self.slave) == self.modes
+            and self.out.rindex(b"\x1b[?25h") > self.out.rindex(b"\x1b[?25l")
+            and self.out.rindex(b"\x1b[?1049l") > self.out.rindex(b"\x1b[?1049h")
+        )
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@pytest.fixture
+def terminal(daemon: Daemon) -> Iterator[Terminal]:
+    found = Terminal(daemon)
+    yield found
+    found.close()
+
+
+def test_top_fits_80_by_24_and_q_ends_it(terminal: Terminal) -> None:
+    terminal.wait_for("/s now")  # the second look: what happened since the first
+    assert termios.tcgetattr(terminal.slave) != terminal.modes
+    os.write(terminal.master, b"q")
+    assert terminal.ends() == 0
+    assert terminal.is_as_before()
+    frames = [frame for frame in terminal.frames() if any("q quits" in line for line in frame)]
+    assert len(frames) >= 2
+    for frame in frames:
+        assert len(frame) == 24
+        assert max(len(line) for line in frame) <= 80
+    text = "\n".join(frames[-1])
+    for part in ("proxyd ", "worker 0", "worker 1", "telemetry", "time to first event", "openai", "closed", "rows: "):
+        assert part in text
+    assert "\x1b[32m" in terminal.read()
+
+
+@pytest.mark.parametrize(
+    ("how", "code"), [("key", 0), (signal.SIGINT, 0), (signal.SIGTERM, -15), (signal.SIGHUP, -1)], ids=str
+)
+def test_top_leaves_the_terminal_as_it_was_however_it_ends(terminal: Terminal, how: Any, code: int) -> None:
+    terminal.wait_for("q quits")
+    if how == "key":
+        os.write(terminal.master, b"\x03")
+    else:
+        terminal.process.send_signal(how)
+    assert terminal.ends() == code
+    assert terminal.is_as_before()
+    assert "Traceback" not in terminal.read()
+
+
+def test_top_gives_the_terminal_back_while_it_is_stopped(terminal: Terminal) -> None:
+    terminal.wait_for("q quits")
+    terminal.process.send_signal(signal.SIGTSTP)
+    wait_for(lambda: Path(f"/proc/{terminal.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", 20)
+    terminal.read()
+    assert terminal.is_as_before()
+    terminal.process.send_signal(signal.SIGCONT)
+    wait_for(lambda: terminal.read().count("\x1b[?1049h") == 2, 20)
+    os.write(terminal.master, b"q")
+    assert terminal.ends() == 0
+    assert terminal.is_as_before()
+
+
+def test_the_alert_is_over_ten_seconds_after_its_condition(daemon: Daemon) -> None:
+    (line,) = wait_for(lambda: events(daemon, "alert_cleared"), 30)
+    assert (line["level"], line["alert"]) == ("info", STREAMS)
+    assert line["lasted_s"] >= 10
+    wait_for(lambda: daemon.metric("proxyd_alert_active") == 0)
+    assert not any(one["active"] for one in status_of(daemon)["alerts"])
+
+
+# --- a restart -------------------------------------------------------------------------------------------------------
+
+
+def test_top_waits_for_a_daemon_that_restarts_and_shows_the_new_one(daemon: Daemon) -> None:
+    """The last test: it restarts the node that the others share."""
+    terminal = Terminal(daemon)
+    with subprocess.Popen(
+        command(daemon, "top", "--interval", "100ms"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as piped:
+        try:
+            assert piped.stdout is not None
+            os.set_blocking(piped.stdout.fileno(), False)
+            said = b""
+
+            def reads(text: str) -> bool:
+                nonlocal said
+                with contextlib.suppress(BlockingIOError):
+                    said += os.read(piped.stdout.fileno(), 1 << 20)  # type: ignore[union-attr]
+                terminal.read()
+                return text.encode() in said
+
+            old = daemon.process.pid  # type: ignore[union-attr]
+            terminal.wait_for(f"pid {old}")
+            wait_for(lambda: reads(f"pid {old}"), 20)
+            daemon.close_clients()
+            daemon.stop()
+            terminal.wait_for("waiting for unix:")
+            wait_for(lambda: reads("waiting for unix:"), 20)
+            daemon.start()
+            new = daemon.process.pid  # type: ignore[union-attr]
+            terminal.wait_for(f"pid {new}")
+            wait_for(lambda: reads(f"pid {new}"), 20)
+            os.write(terminal.master, b"q")
+            assert terminal.ends() == 0
+            piped.send_signal(signal.SIGINT)
+            assert piped.wait(20) == 0
+            assert b"\x1b" not in said
+            assert b"Traceback" not in said
+        finally:
+            piped.kill()
+            terminal.close()
