@@ -25,10 +25,14 @@ from pathlib import Path
 
 from proxyd._shm import Gauge
 from proxyd.log import Log
-from proxyd.shm.metrics import Metrics
+from proxyd.shm.metrics import Metrics, read
+from proxyd.shm.region import Region
 
-__all__ = ["Held", "Neighbours", "PortRange", "PortState", "Ports", "Usage", "decide_ports", "read_port_range"]
+__all__ = [
+    "Held", "Neighbours", "PortRange", "PortState", "Ports", "Usage", "decide_ports", "read_port_range", "used_on_node",
+]  # fmt: skip
 
+USED = "proxyd_egress_ports_used"
 SYSCTL = Path("/proc/sys/net/ipv4")
 # Linux: TCP_TIMEWAIT_LEN is a constant of 60 s; with tcp_tw_reuse the port is free again after tcp_tw_reuse_delay, 1 s.
 TIME_WAIT_S = 60
@@ -46,8 +50,9 @@ REFUSAL_REPEAT_S = 600.0
 # Addresses of one name whose connections are counted apart; of more, those that hold nothing are forgotten.
 MAX_ADDRESSES = 64
 # How often shared memory is read for what the other workers hold: each second, sooner when our own count moved by a
-# twentieth of the limit, and not at all below a hundredth of it. Reading costs up to 2 ms of the loop.
-READ_EVERY_S, READ_GAP_S = 1.0, 0.1
+# twentieth of the limit, and not at all below a hundredth of it. Reading costs up to 2 ms of the loop, so that a burst
+# which takes all ports at once costs twenty readings and is told before it is over.
+READ_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,12 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
         return False
+
+
+def used_on_node(region: Region, monotonic_s: float) -> dict[str, int]:
+    """What all workers hold, by upstream: what `Neighbours` reads."""
+    gauges = read(region, monotonic_s).gauges.get(USED, {})
+    return {dict(labels)["upstream"]: count for labels, count in gauges.items()}
 
 
 class PortState(Enum):
@@ -173,7 +184,7 @@ class Neighbours:
         if self._read is not None and own * 100 >= limit:
             age_s = self._monotonic() - self._read_s
             moved = abs(own - self._own.get(name, 0)) * 20 >= limit
-            if age_s >= READ_EVERY_S or (moved and age_s >= READ_GAP_S):
+            if moved or age_s >= READ_EVERY_S:
                 self._node = self._read()
                 self._own = {each: gauge.value for each, gauge in self._gauges.items()}
                 self._read_s = self._monotonic()

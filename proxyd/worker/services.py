@@ -45,6 +45,7 @@ from proxyd.store.revocations import RevocationFile
 from proxyd.telemetry.questions import Channel
 from proxyd.telemetry.segment import ensure_spool_dir
 from proxyd.telemetry.spool import SpoolWriter
+from proxyd.upstream.ports import used_on_node
 from proxyd.upstream.upstreams import Upstreams
 from proxyd.web.admin import AdminContext, AdminServer
 from proxyd.web.app import WebContext, WebServer
@@ -125,7 +126,8 @@ class WorkerServices:
             keys.remote = sessions.remote
         self._revocations = sessions.revocations
         self._ring = RevocationRing(context.region)
-        self._upstreams = Upstreams(config, blueprint.secrets, metrics, log, clock, loop)
+        ports_used = lambda: used_on_node(context.region, clock.monotonic())  # noqa: E731
+        self._upstreams = Upstreams(config, blueprint.secrets, metrics, log, clock, loop, ports_used)
         self._spool = SpoolWriter.on_loop(
             loop,
             ensure_spool_dir(config.server.state_dir),

@@ -191,7 +191,7 @@ def test_other_workers_are_read_once_a_second_and_only_by_who_holds_some(kit: Si
     world.now += 0.5
     world.a.tick(world.now)
     assert len(readings) == 1
-    world.open(6)
+    world.open(5)
     assert len(readings) == 2, "a jump of a twentieth is looked at sooner"
     assert world.a.state(world.now) is PortState.LOW
 
