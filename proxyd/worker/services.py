@@ -270,7 +270,7 @@ class WorkerServices:
         self._maybe_learn_revocations()
         self._maybe_leave_node()
         if self._part is Part.RETIRING and self._hand_over is not None:
-            self._hand_over.look()
+            self._hand_over.look()  # stopped, if it is a drain
 
     def tick(self) -> None:
         self._upstreams.tick()
@@ -341,8 +341,10 @@ class WorkerServices:
             self._door.retire(lambda conn: None)
 
     def stop_accepting(self) -> None:
-        was_retiring, self._part = self._part is Part.RETIRING, Part.DRAINING
+        was_retiring = self._part is Part.RETIRING
         is_kept = self._blueprint.keeps_listeners
+        # Where a successor comes, what is on its way on kept connections is still served; a 503 would be the only one.
+        self._part = Part.RETIRING if is_kept else Part.DRAINING
         self._maybe_leave_node()
         self._door.draining = True
         if self._hand_over is not None:
@@ -367,6 +369,7 @@ class WorkerServices:
 
     def _after_last_read(self, has_successor: bool) -> None:
         self._is_last_read = False
+        self._part = Part.DRAINING
         self._door.drain(fresh_only=not has_successor)
 
     def interrupt(self, keep: int) -> int:
