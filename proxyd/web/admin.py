@@ -30,6 +30,7 @@ from proxyd.shm.region import REVOCATION_ENTRIES, Region
 from proxyd.shm.revocations import Kind, Revocation, RevocationFull
 from proxyd.store.revocations import RevocationFile
 from proxyd.web.exposition import CONTENT_TYPE, render
+from proxyd.web.generations import last_reload
 from proxyd.web.status import build_status
 
 # A revocation is three short fields; more is a mistake.
@@ -169,7 +170,8 @@ async def _in_json(request: web.Request, handler: Handler) -> web.StreamResponse
 async def _metrics(request: web.Request) -> web.Response:
     context = request.app[_CONTEXT]
     snapshot = metrics.read(context.region, context.clock.monotonic())
-    return web.Response(body=render(snapshot, count_time_wait()), headers={"Content-Type": CONTENT_TYPE})
+    text = render(snapshot, count_time_wait(), last_reload(Notices(context.region).get()))
+    return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
 
 async def _status(request: web.Request) -> web.Response:
