@@ -13,12 +13,17 @@ import importlib.metadata
 import os
 import platform
 import ssl
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from proxyd import __version__
 from proxyd.cli.output import fail, put
 from proxyd.config.units import UnitError, parse_duration
+
+if TYPE_CHECKING:
+    from proxyd.master.spec import Program
 
 DEFAULT_FILE = "/etc/proxyd/proxyd.toml"
 
@@ -38,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _command("proxyd.cli.demo")(args)
     if args.check_config:
         return _check(args)
-    return _serve(args.config, os.environ)
+    if args.check_upgrade:
+        return _command("proxyd.cli.upgrade_check")(args)
+    code = _go_on(args) if "PROXYD_ADOPT" in os.environ else None
+    return _serve(args.config, os.environ) if code is None else code
 
 
 def version_text() -> str:
@@ -73,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check-config", action="store_true", help="check the file, its secrets, the machine")
     parser.add_argument("--json", action="store_true", help="with --check-config: print JSON")
     parser.add_argument("--probe", action="store_true", help="with --check-config: ask upstreams and the store")
+
+    # What a running master asks of the program that it would become (master/upgrade.py).
+    parser.add_argument("--check-upgrade", action="store_true", help=argparse.SUPPRESS)
 
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     status = commands.add_parser("status", parents=[file], help="the state of the running daemon")
@@ -160,7 +171,31 @@ def _serve(path: str, environ: Mapping[str, str]) -> int:
     except OSError as error:
         message = f"cannot open {config.log.access}: {error.strerror}; log.access must be writable for this user"
         return fail("proxyd", check.ERRORS, f"{message} (uid {os.geteuid()}); name another path or stdout")
-    return run(config, report.secrets, log)
+    return run(config, report.secrets, log, find_program=_program)
+
+
+def _go_on(args: argparse.Namespace) -> int | None:
+    """In the image that an upgrade put in place: serves on. None where there is nothing to go on from."""
+    from proxyd.master import handover
+
+    try:
+        fd = handover.take(os.environ)
+        if fd is None:
+            return None
+        handed = handover.read(fd)
+    except handover.HandoverError as error:
+        return fail("proxyd", 1, f"cannot go on from the program before: {error}")
+    if handed.pid != os.getpid():
+        return None
+    from proxyd.cli import adopt
+
+    return adopt.run(handed, args.config, os.environ, _program)
+
+
+def _program(environ: Mapping[str, str]) -> Program:
+    from proxyd.cli.renewal import find_program
+
+    return find_program(sys.argv, sys.orig_argv, sys.executable, os.getcwd(), environ)
 
 
 def _port(text: str) -> int:

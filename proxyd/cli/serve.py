@@ -1,42 +1,37 @@
 """Starts the daemon: binds, makes the shared memory, and gives the master its children.
 
-Owns the composition of `master`, `worker` and `telemetry`, which do not know each other. Must not know argv, files
-or secrets' places: `cli.main` and `cli.demo` bring a checked configuration. Exit codes: the master's own; 1 when an
+Owns the order of a start; what a generation of workers is made of is in cli/node.py. Must not know argv, files or
+secrets' places: `cli.main` and `cli.demo` bring a checked configuration. Exit codes: the master's own; 1 when an
 address, the state directory, the file of revocations, the file limit or shared memory refuses. Importing this imports
 every room: the workers share what the master loaded.
 """
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from proxyd import __version__
+from proxyd.cli.fixed import fixed_options
+from proxyd.cli.node import Node
 from proxyd.cli.output import fail
+from proxyd.cli.renewal import FileRenewal
 from proxyd.clock import SYSTEM
 from proxyd.config.schema import Config
 from proxyd.config.secrets import Secrets
 from proxyd.host import limits
-from proxyd.host.child import Birth, ChildSpec
-from proxyd.host.sockets import ListenError, Listeners, count_time_wait
+from proxyd.host.child import ChildSpec
+from proxyd.host.sockets import ListenError, Listeners
 from proxyd.host.systemd import Notifier
 from proxyd.log import Log
-from proxyd.master.main import Master, MasterSpec
-from proxyd.shm.beats import Beat
-from proxyd.shm.ledger import Ledger
-from proxyd.shm.metrics import read
+from proxyd.master.main import Master
+from proxyd.master.spec import MasterSpec, Program
 from proxyd.shm.region import Region
 from proxyd.shm.revocations import RevocationRing
 from proxyd.store.revocations import RevocationFile, RevocationFileError
-from proxyd.telemetry import writer
-from proxyd.telemetry.questions import Channel
 from proxyd.telemetry.segment import SpoolError, ensure_spool_dir
-from proxyd.telemetry.watch import Watch, watching
-from proxyd.worker.main import Context, Services, run_telemetry, run_worker
-from proxyd.worker.services import Blueprint, build
 
 # The workers of a master that was killed a moment ago close their listeners as soon as they notice; nginx waits too.
 BIND_PATIENCE_S = 1.0
@@ -48,12 +43,16 @@ def run(
     secrets: Secrets,
     log: Log,
     *,
+    find_program: Callable[[Mapping[str, str]], Program] | None = None,
     extra_children: tuple[ChildSpec, ...] = (),
     page_cookie: str = "",
     on_ready: Callable[[], None] = lambda: None,
 ) -> int:
-    """Serves until a signal ends it; returns the exit code. `on_ready` is called in the master, once."""
+    """Serves until a signal ends it; returns the exit code. `find_program` tells, for an environment, what
+    an upgrade starts; without it there is neither reload nor upgrade. `on_ready` is called in the master, once."""
     server = config.server
+    notifier = Notifier(os.environ)
+    environ = dict(os.environ)
     allowed = limits.raise_open_files()
     files = limits.decide(sum(upstream.max_connections for upstream in config.upstream), allowed)
     if files.problem:
@@ -71,70 +70,28 @@ def run(
     except OSError as error:
         return fail("proxyd", 1, error.strerror or str(error))
     try:
-        region = Region.create(server.workers + 2, SYSTEM.wall())
-        # One slot more is the telemetry process's own.
-        ledger = Ledger.create(server.workers + 1, permits=config.limits.most_streams)
-        questions = Channel.create(server.workers)
-        _restore_revocations(config, region, log)
+        node = Node.create(config)
+        _restore_revocations(config, node.region, log)
     except (RevocationFileError, OSError) as error:
         listeners.unlink()
         listeners.close()
         return fail("proxyd", 1, str(error) if isinstance(error, RevocationFileError) else _no_room(error, config))
-    blueprint = Blueprint(config, secrets, listeners, ledger, questions, page_cookie)
-
-    def worker(birth: Birth) -> int:
-        async def build_services(context: Context) -> Services:
-            return await build(context, blueprint)
-
-        return run_worker(birth, region, log, server.drain_timeout, build_services)
-
-    def telemetry(birth: Birth) -> int:
-        async def serve(context: Context, stop: asyncio.Event) -> None:
-            beat = Beat(region, birth.seat)
-            watch = Watch(
-                config.monitoring.alert_on,
-                lambda now: read(region, now),
-                context.metrics,
-                context.log,
-                context.clock,
-                count_time_wait,
-            )
-            with watching(watch, context.loop):
-                await writer.run(
-                    config,
-                    secrets,
-                    context.metrics,
-                    context.log,
-                    stop,
-                    clock=context.clock,
-                    enter=beat.enter,
-                    ledger=ledger,
-                    questions=questions,
-                    epoch=birth.epoch,
-                )
-
-        return run_telemetry(birth, region, log, serve)
-
+    renewal = None
+    if find_program is not None:
+        program = find_program(environ)
+        renewal = FileRenewal(node, config.file, environ, program, fixed_options(config), log, config.log)
     spec = MasterSpec(
-        region=region,
-        listeners=listeners,
-        workers=server.workers,
-        run_worker=worker,
-        telemetry=ChildSpec("telemetry", telemetry),
+        region=node.region,
+        first=node.generation(config, secrets, listeners, log, page_cookie),
         extra_children=extra_children,
-        drain_timeout_s=server.drain_timeout,
-        notifier=Notifier(os.environ),
+        notifier=notifier,
         on_ready=lambda: _tell_ready(config, listeners, log, on_ready),
-        on_worker_gone=lambda slot: _reclaim(ledger, slot, log),
+        on_worker_gone=lambda seat: node.reclaim(seat, log),
+        renewal=renewal,
+        no_renewal="a demo has no file that could be read again; stop it and start it anew",
+        version=__version__,
     )
     return Master(spec, log).run()
-
-
-def _reclaim(ledger: Ledger, slot: int, log: Log) -> None:
-    """What a dead worker's requests held is free again."""
-    freed = ledger.reclaim(slot)
-    if freed:
-        log.info("permits_freed", slot=slot, permits=freed)
 
 
 def _tell_ready(config: Config, listeners: Listeners, log: Log, on_ready: Callable[[], None]) -> None:

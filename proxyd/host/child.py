@@ -22,6 +22,8 @@ class Birth:
     slot         whose listeners a worker has, 0 to N-1; -1 for telemetry and the rest
     seat         its row in shared memory; -1 for one that has none
     generation   which start, reload or upgrade it belongs to, from 1
+    keeps_listeners   the service manager keeps the listeners when all processes have ended: who waits in the backlogs
+                 is the successor's
     """
 
     slot: int
@@ -30,6 +32,7 @@ class Birth:
     epoch: int
     lifeline_fd: int
     news_fd: int
+    keeps_listeners: bool = False
 
     def tell(self) -> None:
         """Wakes the master. Never blocks: the counter of an eventfd holds more tellings than a life has."""

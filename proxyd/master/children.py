@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from setproctitle import setproctitle
@@ -31,9 +31,14 @@ class Lifelines:
 
     __slots__ = ("_master_read", "_master_write", "_workers_read", "_workers_write")
 
-    def __init__(self) -> None:
-        self._master_read, self._master_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._workers_read, self._workers_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    def __init__(self, fds: Sequence[int] = ()) -> None:
+        """`fds`: those of an earlier image of this program, as `fds()` told them."""
+        if not fds:
+            fds = (*os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC), *os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))
+        self._master_read, self._master_write, self._workers_read, self._workers_write = fds
+
+    def fds(self) -> tuple[int, int, int, int]:
+        return self._master_read, self._master_write, self._workers_read, self._workers_write
 
     def keep(self, is_worker: bool) -> int:
         """In a child: closes the ends that would keep a dead process's line alive; returns the one to watch."""
@@ -46,7 +51,7 @@ class Lifelines:
         return self._workers_read
 
     def close(self) -> None:
-        for fd in (self._master_read, self._master_write, self._workers_read, self._workers_write):
+        for fd in self.fds():
             os.close(fd)
 
 

@@ -35,6 +35,8 @@ class SignalPipe:
         for number in HANDLED:
             signal.signal(number, _noted)
         signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
+        # Blocked over an execve (upgrade.py): what came meanwhile is delivered here.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
 
     def take(self) -> list[signal.Signals]:
         try:

@@ -5,7 +5,8 @@ or files: the master asks, acts, and moves the slot.
 
     VACANT -> RUNNING -> BACKOFF -> RUNNING ...          died, and comes back
               RUNNING -> ABORTING -> BACKOFF             silent: SIGABRT, then SIGKILL
-              RUNNING -> STOPPING -> GONE                asked to end
+              RUNNING -> STOPPING -> GONE                asked to end: the node stops, or the next generation serves
+              RUNNING, ABORTING -> GONE                  died before its generation served: nobody comes after it
     VACANT, BACKOFF, ABORTING -> STOPPING or GONE        while the node stops
 
 Invariants: a slot has a child exactly in RUNNING, ABORTING and STOPPING; GONE absorbs.
@@ -16,6 +17,7 @@ from __future__ import annotations
 from enum import Enum
 
 from proxyd.host.child import EXIT_CANNOT_BOOT, ChildSpec
+from proxyd.host.sockets import Listeners
 from proxyd.master.children import Child
 
 YOUNG_S = 2.0  # a child that died younger was in a crash loop; half misses slow boots, twice slows real recoveries
@@ -40,8 +42,8 @@ class Phase(Enum):
 
 EDGES: dict[Phase, frozenset[Phase]] = {
     Phase.VACANT: frozenset({Phase.RUNNING, Phase.BACKOFF, Phase.GONE}),
-    Phase.RUNNING: frozenset({Phase.BACKOFF, Phase.ABORTING, Phase.STOPPING}),
-    Phase.ABORTING: frozenset({Phase.BACKOFF, Phase.STOPPING}),
+    Phase.RUNNING: frozenset({Phase.BACKOFF, Phase.ABORTING, Phase.STOPPING, Phase.GONE}),
+    Phase.ABORTING: frozenset({Phase.BACKOFF, Phase.STOPPING, Phase.GONE}),
     Phase.BACKOFF: frozenset({Phase.RUNNING, Phase.BACKOFF, Phase.GONE}),
     Phase.STOPPING: frozenset({Phase.GONE}),
     Phase.GONE: frozenset(),
@@ -50,28 +52,51 @@ HAS_CHILD = frozenset({Phase.RUNNING, Phase.ABORTING, Phase.STOPPING})
 
 
 class Slot:
-    """One place. `due_at` is when the phase asks for the next action (None: when something happens)."""
+    """One place. `due_at` is when the phase asks for the next action (None: when something happens).
+
+    `number`: of a worker in its generation, -1 for others. `seat`: its row of shared memory, -1 for one without.
+    `listeners`: what its children may accept on; None closes all. `is_replaced`: a child that dies has a successor."""
 
     __slots__ = (
-        "beat_at", "beat_seen", "born_at", "child", "due_at", "exit_code", "failures", "has_beats", "is_ready",
-        "is_worker", "number", "phase", "spec", "was_ready",
+        "beat_at", "beat_seen", "born_at", "child", "due_at", "end", "exit_code", "failures", "generation", "is_ready",
+        "is_replaced", "listeners", "number", "phase", "seat", "spec", "was_ready",
     )  # fmt: skip
 
-    def __init__(self, number: int, spec: ChildSpec, *, is_worker: bool, has_beats: bool) -> None:
+    def __init__(
+        self,
+        number: int,
+        spec: ChildSpec,
+        *,
+        seat: int = -1,
+        generation: int = 0,
+        listeners: Listeners | None = None,
+        is_replaced: bool = True,
+    ) -> None:
         self.number = number
         self.spec = spec
-        self.is_worker = is_worker
-        self.has_beats = has_beats
+        self.seat = seat
+        self.generation = generation
+        self.listeners = listeners
+        self.is_replaced = is_replaced
         self.phase = Phase.VACANT
         self.child: Child | None = None
         self.born_at = 0.0
         self.due_at: float | None = None
         self.failures = 0
         self.exit_code: int | None = None
+        self.end = ""  # of the last child, in words
         self.is_ready = False  # the child that lives now
         self.was_ready = False  # any child of this slot
         self.beat_seen = 0
         self.beat_at = 0.0
+
+    @property
+    def is_worker(self) -> bool:
+        return self.number >= 0
+
+    @property
+    def has_beats(self) -> bool:
+        return self.seat >= 0
 
     def move(self, phase: Phase, due_at: float | None = None) -> None:
         """Raises RuntimeError for an edge that is not in the table: that is a bug of the master."""

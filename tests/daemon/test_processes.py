@@ -255,6 +255,7 @@ def test_systemd_hears_ready_watchdog_and_stopping_from_the_master_alone(
             workers=2,
             environ={"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "2000000", "WATCHDOG_PID": ""},
         )
+        assert manager.recv(1000).startswith(b"FDSTORE=1\nFDNAME=listen-127.0.0.1_")
         ready = manager.recv(1000)
         assert ready.startswith(b"READY=1")
         assert f"MAINPID={node.process.pid}".encode() in ready

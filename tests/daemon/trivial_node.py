@@ -13,13 +13,16 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from proxyd.host.child import EXIT_CANNOT_BOOT, Birth, ChildSpec
 from proxyd.host.sockets import Listeners
 from proxyd.host.systemd import Notifier
 from proxyd.log import Log
-from proxyd.master.main import Master, MasterSpec
+from proxyd.master.main import Master
+from proxyd.master.spec import GenerationSpec, MasterSpec, Program, Refused
 from proxyd.shm.region import Region
 from proxyd.worker.adopt import Adoption
 from proxyd.worker.main import Context, run_telemetry, run_worker
@@ -53,7 +56,7 @@ class Accepting:
 
 
 class Trivial:
-    def __init__(self, context: Context, listeners: Listeners, workers: int) -> None:
+    def __init__(self, context: Context, listeners: Listeners) -> None:
         self._context = context
         self.loop = context.loop
         self._listeners = listeners
@@ -63,6 +66,7 @@ class Trivial:
             context.region, context.birth, lambda other: Accepting(self, listeners.tcp_of_slot(other))
         )
         self._clients: set[socket.socket] = set()
+        self._is_closed = False
         self.busy = 0
         self.finished = 0
         self.handed_over = 0
@@ -111,6 +115,9 @@ class Trivial:
         self.stop_accepting()
 
     def stop_accepting(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._own.close()
         self._adoption.close()
         self._listeners.close_public()
@@ -131,27 +138,49 @@ class Trivial:
     async def close(self) -> None: ...
 
 
-def main() -> int:
+class Next:
+    """The generations after the first, as options["renewals"] has them, one for each: `examine` (what the check does:
+    bad, crash, hang), `refuse` (a plan that cannot be), `workers`, `fail` (as for the first generation)."""
+
+    def __init__(self, make: Callable[..., GenerationSpec], options: dict[str, Any], log: Log) -> None:
+        self._make, self._log = make, log
+        self._left = list(options.get("renewals", []))
+        self._workers = options.get("workers", 2)
+        self.program = Program(sys.executable, (sys.executable, "-c", "raise SystemExit(3)"), dict(os.environ))
+
+    def examine(self) -> tuple[bool, list[str]]:
+        how = self._left[0].get("examine") if self._left else None
+        if how == "crash":
+            os._exit(9)
+        if how == "hang":
+            time.sleep(1000)
+        return how != "bad", ["line 3: nonsense"] if how == "bad" else []
+
+    def plan(self, listeners: Listeners, log: Log) -> GenerationSpec:
+        wish = self._left.pop(0) if self._left else {}
+        if "refuse" in wish:
+            raise Refused(wish["refuse"], ["refused here"])
+        self._workers = wish.get("workers", self._workers)
+        return self._make(listeners.renewed(_addresses(), self._workers, 64), self._workers, wish)
+
+    def hand_over(self) -> dict[str, Any]:
+        return {"fds": [], "memory": []}
+
+
+def _addresses() -> list[At]:
     options = json.loads(sys.argv[1])
-    workers = options.get("workers", 2)
-    region = Region.create(workers + 2)
     addresses = [At("tcp", "127.0.0.1", options["port"])]
     if "path" in options:
         addresses.append(At("unix", path=options["path"]))
-    listeners = Listeners(addresses, [], workers, 64)
+    return addresses
+
+
+def main() -> int:
+    options = json.loads(sys.argv[1])
+    workers = options.get("workers", 2)
+    region = Region.create(options.get("seats", 16) + 2)
+    listeners = Listeners(_addresses(), [], workers, 64)
     log = Log(access="off", process="master", level="debug")
-
-    def run(birth: Birth) -> int:
-        how = options.get("fail", {}).get(str(birth.slot))
-        if how == "crash":
-            os._exit(1)
-        if how == "cannot boot":
-            return EXIT_CANNOT_BOOT
-
-        async def build(context: Context) -> Trivial:
-            return Trivial(context, listeners, workers)
-
-        return run_worker(birth, region, log, options.get("drain_timeout", 5.0), build)
 
     def telemetry(birth: Birth) -> int:
         async def serve(context: Context, stop: asyncio.Event) -> None:
@@ -164,16 +193,38 @@ def main() -> int:
         signal.pause()
         return 0
 
+    def generation(listeners: Listeners, workers: int, wish: dict[str, Any]) -> GenerationSpec:
+        def run(birth: Birth) -> int:
+            how = wish.get("fail", {}).get(str(birth.slot))
+            if how == "crash":
+                os._exit(1)
+            if how == "cannot boot":
+                return EXIT_CANNOT_BOOT
+            if how == "hang":
+                time.sleep(1000)
+
+            async def build(context: Context) -> Trivial:
+                return Trivial(context, listeners)
+
+            return run_worker(birth, region, log, options.get("drain_timeout", 5.0), build)
+
+        return GenerationSpec(
+            listeners=listeners,
+            workers=workers,
+            run_worker=run,
+            telemetry=ChildSpec("telemetry", telemetry),
+            drain_timeout_s=options.get("drain_timeout", 5.0),
+            log=log,
+        )
+
     spec = MasterSpec(
         region=region,
-        listeners=listeners,
-        workers=workers,
-        run_worker=run,
-        telemetry=ChildSpec("telemetry", telemetry),
+        first=generation(listeners, workers, options),
         extra_children=(ChildSpec("extra", extra),) if options.get("extra") else (),
-        drain_timeout_s=options.get("drain_timeout", 5.0),
         beat_timeout_s=options.get("beat_timeout", 10.0),
         notifier=Notifier(os.environ),
+        renewal=Next(generation, options, log) if "renewals" in options else None,
+        version="1.0",
     )
     return Master(spec, log).run()
 

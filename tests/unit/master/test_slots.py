@@ -12,7 +12,7 @@ from proxyd.master.slots import EDGES, Phase, Slot
 
 
 def make_slot(*, is_worker: bool = True) -> Slot:
-    return Slot(0, ChildSpec("worker 0", lambda birth: 0), is_worker=is_worker, has_beats=True)
+    return Slot(0 if is_worker else -1, ChildSpec("worker 0", lambda birth: 0), seat=0)
 
 
 def in_phase(phase: Phase, exit_code: int | None = None) -> Slot:

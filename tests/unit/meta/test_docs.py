@@ -84,7 +84,9 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
-    return {option for action in parser._actions for option in action.option_strings}
+    """Those that people give; a hidden one is the program's own."""
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    return {option for action in shown for option in action.option_strings}
 
 
 # --- routes ----------------------------------------------------------------------------------------------------------
