@@ -35,7 +35,7 @@ def host_findings(config: Config, host: Host, *, default_file: str) -> list[Foun
     """Everything about the machine. `default_file`: what a unit without -c reads."""
     case = Case(config, load_of(config), host)
     found = [*_open_files(case, default_file), *_buffers(case, default_file), *_stop(case, default_file)]
-    found += [*_listeners(case), *_source_addresses(case)]
+    found += [*_listeners(case, default_file), *_source_addresses(case)]
     if not host.is_visible:
         found.append(_hidden())
         return found
@@ -146,7 +146,7 @@ def _stop(case: Case, default_file: str) -> Iterator[Found]:
 # -- addresses ---------------------------------------------------------------------------------------------------------
 
 
-def _listeners(case: Case) -> Iterator[Found]:
+def _listeners(case: Case, default_file: str) -> Iterator[Found]:
     """What would refuse the start. Nothing where systemd is just starting the unit: the start itself comes next, and
     systemd may hold the listeners for it."""
     if case.host.is_unit:
@@ -166,7 +166,7 @@ def _listeners(case: Case) -> Iterator[Found]:
             first = _first_free(case)
             message = f"this user (uid {os.geteuid()}) may not bind a port below {first}; a start is refused"
             yield Found(True, key, message, f"a higher port, or {command(UNPRIVILEGED, str(address.port))}")
-        elif address.port and _is_beyond_the_unit(case, address.port):
+        elif address.port and _unit_runs_this(case, default_file) and _is_beyond_the_unit(case, address.port):
             message = f"root may bind port {address.port}, the unit's user may not: its start is refused"
             remedy = f"a higher port, or {command(UNPRIVILEGED, str(address.port))}"
             yield Found(False, key, message, remedy, _first_free(case), str(address.port))

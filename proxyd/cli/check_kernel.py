@@ -43,6 +43,12 @@ class Case:
         return memory.last_number(self.host.settings.get(TCP_MEM, "")) * self.host.page_bytes
 
     @property
+    def allowed(self) -> list[str]:
+        """Congestion controls that a socket without rights may have."""
+        settings = self.host.settings
+        return settings.get(ALLOWED, settings.get(AVAILABLE, "")).split()
+
+    @property
     def algorithms(self) -> str:
         """What upstreams' sockets use, as the file says."""
         return ", ".join(sorted({one.congestion_control or "the system's" for one in self.config.upstream}))
@@ -74,6 +80,9 @@ def _remedy(case: Case, setting: Setting) -> str:
     available = case.host.settings.get(AVAILABLE, "").split()
     if setting.name == "net.ipv4.tcp_congestion_control" and available and setting.wanted not in available:
         now = f"modprobe tcp_{setting.wanted} && {now} (for good also conf/modules-load.d/proxyd.conf)"
+    elif setting.name == "net.ipv4.tcp_congestion_control" and setting.wanted not in case.allowed:
+        # Only outside of a container may a default be one that is not allowed yet; there, it becomes so.
+        now += ", in a container once it is the machine's own"
     line = case.host.written.get(setting.name)
     if line is None:
         return f"{now} ({FOR_GOOD})"
@@ -233,11 +242,11 @@ def reserved_ports(case: Case) -> Iterator[Found]:
     own = sorted(set(open_ports) & case.load.listen_ports)
     named = ports.write_list(open_ports[:_NAMED_PORTS]) + (" and others" if len(open_ports) > _NAMED_PORTS else "")
     whole = ports.write_list({*case.reserved, *open_ports})
-    whose = f" ({ports.write_list(own)} for proxyd)" if own else ""
+    whose = f" ({ports.write_list(own)}: proxyd's)" if own else ""
     has = case.host.settings.get(RESERVED_PORTS, "")
     message = (
-        f"is {has or 'empty'}, wanted {whole}: {named}{whose} listen on this node, within {ends[0]} to {ends[1]} where"
-        " outgoing connections take their ports: a service that is restarted may find its own taken"
+        f"is {has or 'empty'}, wanted {whole}: there are listeners on {named}{whose}, within {ends[0]} to {ends[1]}"
+        " where outgoing connections take their ports: a service that is restarted may find its own taken"
     )
     remedy = f"{command(RESERVED_PORTS, whole)} (for good the whole line in {OWN_FILE}: {RESERVED_PORTS} = {whole})"
     yield Found(False, ("server", "listen"), message, remedy, has, whole, RESERVED_PORTS)
@@ -267,7 +276,7 @@ def congestion_control(case: Case) -> Iterator[Found]:
     settings = case.host.settings
     if AVAILABLE not in settings:
         return
-    available, allowed = settings[AVAILABLE].split(), settings.get(ALLOWED, settings[AVAILABLE]).split()
+    available = settings[AVAILABLE].split()
     told = {""}
     for index, upstream in enumerate(case.config.upstream):
         name = upstream.congestion_control
@@ -279,7 +288,7 @@ def congestion_control(case: Case) -> Iterator[Found]:
             message = f"this kernel has no {name} ({AVAILABLE} is {settings[AVAILABLE]}): connections use the system's"
             remedy = f"modprobe tcp_{name} (for good: conf/modules-load.d/proxyd.conf), or leave it empty"
             yield Found(False, key, message, remedy, settings[AVAILABLE], name)
-        elif name not in allowed:
+        elif name not in case.allowed:
             message = f"only root may choose {name} ({ALLOWED} is {settings[ALLOWED]}): others get the system's"
             remedy = command(ALLOWED, f"{settings[ALLOWED]} {name}")
             yield Found(False, key, message, remedy, settings[ALLOWED], name)

@@ -158,7 +158,7 @@ def test_upstreams_with_one_destination_share_its_ports() -> None:
 def test_low_ports_are_those_of_services() -> None:
     found = {one.key: one.message for one in look_at(changed({RANGE: "1024 65535"}))}
     assert "from 1024 on they are those of services" in found[RANGE]
-    assert "3000 (3000 for proxyd) listen on this node, within 1024" in found["net.ipv4.ip_local_reserved_ports"]
+    assert "listeners on 3000 (3000: proxyd's), within 1024" in found["net.ipv4.ip_local_reserved_ports"]
 
 
 def test_ports_that_somebody_listens_on_are_reserved_with_the_whole_line() -> None:
@@ -166,7 +166,7 @@ def test_ports_that_somebody_listens_on_are_reserved_with_the_whole_line() -> No
     one = only(host, ("127.0.0.1:3000", "127.0.0.1:11212"))
     assert one.key == "net.ipv4.ip_local_reserved_ports"
     assert (one.live, one.wanted) == ("20000-20001", "11211-11212,20000-20001,27017")
-    assert "11211-11212,27017 (11212 for proxyd) listen on this node, within 10240 to 65535" in one.message
+    assert "listeners on 11211-11212,27017 (11212: proxyd's), within 10240 to 65535" in one.message
     assert "net.ipv4.ip_local_reserved_ports = 11211-11212,20000-20001,27017" in one.remedy
     done = changed({"net.ipv4.ip_local_reserved_ports": one.wanted}, listening={80: {1}, 11211: {2}, 27017: {3}})
     assert look_at(done, ("127.0.0.1:3000", "127.0.0.1:11212")) == []
@@ -325,6 +325,8 @@ def test_a_port_that_the_unit_s_user_may_not_bind_is_a_warning() -> None:
     host = changed({"net.ipv4.ip_unprivileged_port_start": "1024"}, unit=unit())
     found = look_at(host, ("127.0.0.1:3000", "127.0.0.1:80"))
     assert [one.severity for one in found] in (["warning"], [])  # [] for who is not root: bind says it then
+    other = changed(unit=unit(starts="/usr/bin/proxyd -c /etc/proxyd/other.toml"))
+    assert look_at(other, ("127.0.0.1:3000", "127.0.0.1:80")) == []
 
 
 def test_a_source_address_of_nobody_is_a_warning() -> None:
