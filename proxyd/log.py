@@ -4,8 +4,9 @@ Owns: the format of a line, the rate limit per event kind, two sinks (events on 
 Must not know: requests, configuration models, processes.
 Invariants:
 - Writing never blocks and never raises. A sink that takes nothing (full disk, closed or stalled pipe) costs at most
-  MAX_BUFFER_BYTES of memory; what did not fit is counted and reported by the first line that gets through.
-- Lines of several processes on one pipe never mix: a pipe gets whole lines in pieces of at most PIPE_BUF bytes.
+  MAX_BUFFER_BYTES of memory; what did not fit is counted, told once a minute while it lasts and when it is over.
+- Lines of several processes on one pipe never mix: a pipe gets whole lines in pieces of at most PIPE_BUF bytes. A file
+  that was full in the middle of a line has its line end before the next one.
 - A value whose `str()` is "***" (config.secrets.Secret) is printed so: unknown types go through `str()`.
 
      info() -> rate limit -> encode -> [ sink buffer ] -> flush(): one write
@@ -13,6 +14,7 @@ Invariants:
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import stat
@@ -36,6 +38,8 @@ PIPE_BUF = select.PIPE_BUF
 # A burst of one kind of event is a picture of the fault, the rest of it is noise: this many lines of a kind a window.
 LINES_PER_WINDOW = 50
 WINDOW_S = 10.0
+# Between two lines about one sink that takes nothing.
+LOSS_REPEAT_S = 60.0
 # A text value is cut here: a peer may put what it likes into what we quote.
 MAX_TEXT = 2000
 
@@ -44,9 +48,10 @@ class Sink:
     """A buffered writer on a descriptor or a file that it opened itself.
 
     States: open (`fd` >= 0) or closed. Errors end in `dropped_lines`, never in an exception after construction.
+    `reason` is the system's word for what keeps it from taking lines, "" when it took the last ones.
     """
 
-    __slots__ = ("_buffer", "_bytes", "_path", "_poll", "dropped_lines", "fd")
+    __slots__ = ("_buffer", "_bytes", "_may_nowait", "_path", "_poll", "dropped_lines", "fd", "reason", "told_s")
 
     def __init__(self, fd: int = -1, path: str = "") -> None:
         """Takes `fd` as it is, or opens `path` for appending; raises OSError when that cannot be done."""
@@ -54,6 +59,9 @@ class Sink:
         self._buffer: list[bytes] = []
         self._bytes = 0
         self.dropped_lines = 0
+        self.reason = ""
+        self.told_s: float | None = None
+        self._may_nowait = True
         self.fd = self._open() if path else fd
         self._poll = self._make_poll()
 
@@ -75,6 +83,7 @@ class Sink:
         """Queues one line, newline included."""
         if self._bytes + len(line) > MAX_BUFFER_BYTES:
             self.dropped_lines += 1
+            self.reason = self.reason or "its reader takes nothing"
             return
         self._buffer.append(line)
         self._bytes += len(line)
@@ -87,16 +96,37 @@ class Sink:
             return
         try:
             if self._poll is None:
+                if self.reason and self._is_mid_line():
+                    self._buffer.insert(0, b"\n")
+                    self._bytes += 1
                 self._write(len(self._buffer))
             else:
                 while self._buffer and self._is_writable():
                     self._write(self._lines_for_pipe())
         except BlockingIOError:
-            pass
-        except OSError:
-            self.dropped_lines += len(self._buffer)
+            return
+        except OSError as error:
+            self.reason = error.strerror or str(error)
+            self.dropped_lines += sum(line != b"\n" for line in self._buffer)
             self._buffer.clear()
             self._bytes = 0
+            return
+        if not self._buffer:
+            self.reason = ""
+
+    def _is_mid_line(self) -> bool:
+        """Whether a file that was full ends within a line, ours or another process's."""
+        try:
+            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            size = os.fstat(fd).st_size
+            return size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
 
     def _is_writable(self) -> bool:
         assert self._poll is not None
@@ -118,10 +148,22 @@ class Sink:
 
     def _write(self, lines: int) -> None:
         data = b"".join(self._buffer[:lines])
-        written = os.write(self.fd, data)
+        written = self._write_now(data)
         rest = [data[written:]] if written < len(data) else []
         self._buffer[:lines] = rest
         self._bytes -= written
+
+    def _write_now(self, data: bytes) -> int:
+        """Never waits: who shares a pipe or a socket with us may have filled it since the poll said that there is
+        room. RWF_NOWAIT is pwritev2(2)'s; what does not know it (a terminal) is written as it is."""
+        if self._poll is not None and self._may_nowait:
+            try:
+                return os.pwritev(self.fd, [data], -1, os.RWF_NOWAIT)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ESPIPE, errno.ENOSYS):
+                    raise
+                self._may_nowait = False
+        return os.write(self.fd, data)
 
     def reopen(self) -> str | None:
         """Opens the path anew (after logrotate moved the file); on failure the old file stays. Returns what failed."""
@@ -142,6 +184,7 @@ class Sink:
         other = Sink.__new__(Sink)
         other.fd, other._path, other._poll = self.fd, self._path, self._poll
         other._buffer, other._bytes, other.dropped_lines = [], 0, 0
+        other.reason, other.told_s, other._may_nowait = "", None, self._may_nowait
         return other
 
 
@@ -219,8 +262,8 @@ class Log:
         self._events.flush()
         if self._access is not None:
             self._access.flush()
-            self._report_loss(self._access, "access")
-        self._report_loss(self._events, "events")
+            self._report_loss(self._access, "access", now)
+        self._report_loss(self._events, "events", now)
 
     def reopen(self) -> None:
         """Opens log files anew (USR1); one that cannot be opened keeps its descriptor, and the event log says so."""
@@ -266,12 +309,17 @@ class Log:
                 },
             )
 
-    def _report_loss(self, sink: Sink, name: str) -> None:
-        """Says how many lines a sink could not take, once it takes lines again."""
-        lost = sink.dropped_lines
-        if lost:
-            sink.dropped_lines = 0
-            self._event("error", "log_lines_lost", {"sink": name, "lines": lost})
+    def _report_loss(self, sink: Sink, name: str, now: float) -> None:
+        """Says how many lines a sink could not take: of the access log at once and then each minute, of both when it
+        takes lines again. One that does not take them cannot tell of itself."""
+        lost, reason = sink.dropped_lines, sink.reason
+        if not lost:
+            return
+        if reason and (sink is self._events or (sink.told_s is not None and now - sink.told_s < LOSS_REPEAT_S)):
+            return
+        sink.dropped_lines = 0
+        sink.told_s = now if reason else None
+        self._event("error", "log_lines_lost", {"sink": name, "lines": lost, "reason": reason or "over"})
 
     def _put(self, sink: Sink, line: dict[str, Any]) -> None:
         sink.put(_text_line(line) if self._text else _json_line(line))

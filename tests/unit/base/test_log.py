@@ -1,13 +1,16 @@
 """Log lines: their form, their limit, and sinks that take nothing."""
 
+import contextlib
 import json
 import os
+import pty
+import resource
 
 import pytest
 
 from proxyd.clock import FakeClock
 from proxyd.config.secrets import Secret
-from proxyd.log import LINES_PER_WINDOW, MAX_BUFFER_BYTES, WINDOW_S, Log, Sink
+from proxyd.log import LINES_PER_WINDOW, LOSS_REPEAT_S, MAX_BUFFER_BYTES, WINDOW_S, Log, Sink
 
 
 class Target:
@@ -244,3 +247,96 @@ def test_a_failing_reopen_keeps_the_old_file_and_says_so(target):
     target.log.access({"n": 1})
     assert [line["event"] for line in target.events()] == ["log_reopen_failed"]
     assert json.loads(moved.read_text())["n"] == 1
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """What a full disk does to a file, for one that is no disk: a short write, then an error."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_line_that_was_cut_by_a_full_disk_ends_before_the_next_one(target):
+    target.log.access({"n": 1})
+    target.log.flush()
+    size = target.access_path.stat().st_size
+    with files_of_at_most(size + 7):
+        target.log.access({"n": 2})
+        for _ in range(3):
+            target.log.flush()
+    target.log.access({"n": 3})
+    target.log.flush()
+    first, cut, last = target.access_path.read_bytes().splitlines()
+    assert (json.loads(first)["n"], len(cut), json.loads(last)["n"]) == (1, 7, 3)
+
+
+def test_another_process_ends_the_line_that_was_cut(target):
+    other = target.log.child("other")
+    other.access({"n": 0})
+    other.flush()
+    with files_of_at_most(target.access_path.stat().st_size + 7):
+        for log in (target.log, other):
+            log.access({"n": 1})
+            log.flush()
+            log.flush()
+    other.access({"n": 2})
+    other.flush()
+    target.log.access({"n": 3})
+    target.log.flush()
+    lines = target.access_path.read_bytes().splitlines()
+    assert [json.loads(line)["n"] for line in (lines[0], *lines[2:])] == [0, 2, 3]
+
+
+def test_a_full_disk_under_the_access_log_is_told_at_once_each_minute_and_when_it_is_over(target):
+    with files_of_at_most(0):
+        # What tells of it must not be full itself; so it is on a pipe here.
+        reader, writer = os.pipe()
+        target.log._events = Sink(writer)
+        for _ in range(10):
+            target.log.access({"n": 1})
+            target.log.flush()
+        target.clock.advance(LOSS_REPEAT_S)
+        target.log.access({"n": 1})
+        target.log.flush()
+        target.log.access({"n": 1})
+        target.log.flush()
+    target.log.access({"n": 2})
+    target.log.flush()
+    target.log.flush()
+    told = [json.loads(line) for line in os.read(reader, 65536).splitlines()]
+    assert [(line["sink"], line["lines"], line["reason"]) for line in told] == [
+        ("access", 1, "File too large"),
+        ("access", 10, "File too large"),
+        ("access", 1, "over"),
+    ]
+    assert [line["n"] for line in target.access()] == [2]
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_pipe_that_somebody_else_filled_after_the_look_at_it_is_not_waited_for():
+    reader, writer = os.pipe()
+    sink = Sink(writer)
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    with pytest.raises(BlockingIOError):
+        sink._write_now(b"line\n")
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_terminal_is_written_to_as_it_is():
+    master, slave = pty.openpty()
+    sink = Sink(slave)
+    sink.put(b"line\n")
+    sink.flush()
+    assert os.read(master, 100) == b"line\r\n"
+    os.close(master)
+    os.close(slave)
