@@ -1,20 +1,21 @@
 """The workers' questions to the telemetry process about what a user has spent: the sockets, and what goes over them.
 
-Owns: one socketpair a worker slot, and the two messages. Must not know: ledgers, stores, loops.
+Owns: one socketpair a worker seat, and the two messages. Must not know: ledgers, stores, loops.
 
-    worker 0  o------ SOCK_SEQPACKET ------o  telemetry       question  number u64, user_id u64, window_since f64 (nan:
-    worker 1  o----------------------------o                            not asked), token_iat i64 (-1: not asked)
+    seat 0    o------ SOCK_SEQPACKET ------o  telemetry       question  number u64, user_id u64, window_since f64 (nan:
+    seat 1    o----------------------------o                            not asked), token_iat i64 (-1: not asked)
                                                               answer    number u64, ok u8
 
 An answer says nothing but that the ledger has been written (ok) or could not be. Made before the fork and kept by the
-master, so that the successor of either side finds the same sockets. What a dead one left in them is told by the number.
+master, so that the successor of either side finds the same sockets, as does the image after execve (`fds`, `adopt`).
+What a dead one left in them is told by the number.
 
 Invariants: nothing here ever waits; a message is whole or not there at all (SOCK_SEQPACKET). The kernel holds about 270
 questions a socket, and then a send says so.
 
 Wiring (cli/serve.py):
-    channel = Channel.create(workers)                  in the master, before the first fork
-    channel.keep_asking(slot)                          in a worker: its end, for worker.asking.Asker
+    channel = Channel.create(seats)                    in the master, before the first fork
+    channel.keep_asking(seat)                          in a worker: its end, for worker.asking.Asker
     writer.run(..., ledger=ledger, questions=channel, epoch=birth.epoch)      in the telemetry process
 """
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 import math
 import socket
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 __all__ = ["ANSWER_BYTES", "QUESTION_BYTES", "Channel", "Question", "pack_answer", "pack_question", "unpack_answer",
@@ -44,7 +46,7 @@ class Question(NamedTuple):
 
 
 class Channel:
-    """All slots' socketpairs. Every process that is forked has a copy; closing one closes it in that process alone."""
+    """All seats' socketpairs. Every process that is forked has a copy; closing one closes it in that process alone."""
 
     __slots__ = ("_answering", "_asking")
 
@@ -52,31 +54,54 @@ class Channel:
         self._asking, self._answering = asking, answering
 
     @classmethod
-    def create(cls, slots: int) -> Self:
-        """One pair for each of the worker slots 0 to slots - 1. Raises OSError when the kernel gives none."""
+    def create(cls, seats: int) -> Self:
+        """One pair for each of the seats 0 to seats - 1. Raises OSError when the kernel gives none."""
         channel = cls([], [])
         try:
-            for _ in range(slots):
-                asking, answering = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            for _ in range(seats):
+                asking, answering = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
                 channel._asking.append(asking)
                 channel._answering.append(answering)
-                asking.setblocking(False)
-                answering.setblocking(False)
         except OSError:
             channel.close()
             raise
         return channel
 
-    def keep_asking(self, slot: int) -> socket.socket:
-        """In a worker: the slot's own end; all the others are closed here."""
-        kept = self._asking[slot]
+    @classmethod
+    def adopt(cls, fds: Sequence[int]) -> Self:
+        """The channel whose `fds` these are, in the image after execve; owns them from then on. Raises ValueError for
+        other descriptors, and leaves them to the caller."""
+        ends: list[socket.socket] = []
+        try:
+            for fd in fds:
+                ends.append(socket.socket(fileno=fd))
+                if (ends[-1].family, ends[-1].type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+                    raise ValueError(f"descriptor {fd} is no end of a channel")
+            if not ends or len(ends) % 2:
+                raise ValueError(f"{len(ends)} descriptors are no pairs")
+        except (OSError, ValueError) as error:
+            for end in ends:
+                end.detach()
+            raise ValueError(f"the questions' sockets cannot be taken over: {error}") from error
+        for end in ends:
+            end.set_inheritable(False)
+            end.setblocking(False)
+        return cls(ends[::2], ends[1::2])
+
+    def fds(self) -> list[int]:
+        """Asking and answering end of seat 0, of seat 1, and so on: for `adopt`, once they are inheritable."""
+        return [end.fileno() for pair in zip(self._asking, self._answering, strict=True) for end in pair]
+
+    def keep_asking(self, seat: int) -> socket.socket:
+        """In a worker: the seat's own end; all the others are closed here."""
+        kept = self._asking[seat]
         for other in (*self._asking, *self._answering):
             if other is not kept:
-                other.close()
+                other.close()  # 128 seats: 0.2 ms; close_range(2) is no faster for what Python does around it
         return kept
 
     def keep_answering(self) -> list[socket.socket]:
-        """In the telemetry process: its ends, by slot; the workers' are closed here."""
+        """In the telemetry process: its ends, by seat; the workers' are closed here."""
         for other in self._asking:
             other.close()
         return self._answering

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from proxyd.log import Log, Sink
-from proxyd.telemetry.questions import Channel, Question, pack_answer, unpack_question
+from proxyd.telemetry.questions import Channel, Question, pack_answer, pack_question, unpack_question
 from proxyd.worker import asking
 from proxyd.worker.asking import Asker
 
@@ -259,3 +260,28 @@ async def test_a_worker_keeps_its_own_end_alone_and_telemetry_all_of_its_own() -
     assert all(end.fileno() >= 0 and end.type == socket.SOCK_SEQPACKET for end in ends)
     assert {end.fileno() for end in other._asking} == {-1}
     other.close()
+
+
+async def test_the_next_image_takes_the_channel_over_with_what_lies_in_it() -> None:
+    first = Channel.create(3)
+    fds = [os.dup(fd) for fd in first.fds()]
+    first._asking[2].send(pack_question(Question(1, 42, 0.0, None)))
+    first.close()
+    second = Channel.adopt(fds)
+    assert second.fds() == fds
+    assert not any(os.get_inheritable(fd) for fd in fds)
+    assert unpack_question(second._answering[2].recv(64)) == Question(1, 42, 0.0, None)
+    second.close()
+    assert {end.fileno() for end in (*second._asking, *second._answering)} == {-1}
+
+
+async def test_descriptors_of_no_channel_are_refused_and_left_open() -> None:
+    pair = socket.socketpair()
+    channel = Channel.create(1)
+    for wrong in ([], channel.fds()[:1], [end.fileno() for end in pair]):
+        with pytest.raises(ValueError, match="cannot be taken over"):
+            Channel.adopt(wrong)
+    assert all(os.fstat(fd) for fd in channel.fds())
+    channel.close()
+    for end in pair:
+        end.close()
