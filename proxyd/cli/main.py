@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from proxyd.master.spec import Program
 
 DEFAULT_FILE = "/etc/proxyd/proxyd.toml"
+# Commands that share a module; every other one has its own name's.
+_MODULES = {"reload": "renew", "upgrade": "renew"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.version:
         return put("proxyd", version_text())
     if args.command is not None:
-        return _command(f"proxyd.cli.{args.command}")(args)
+        return _command(f"proxyd.cli.{_MODULES.get(args.command, args.command)}")(args)
     if args.demo:
         return _command("proxyd.cli.demo")(args)
     if args.check_config:
@@ -92,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     top = commands.add_parser("top", parents=[file], help="the same, live; q ends it")
     top.add_argument("--interval", type=_interval, default="2s", metavar="D", help="of the looks; default: %(default)s")
     top.add_argument("--count", type=_looks, metavar="N", help="end after so many looks; default: never")
+
+    commands.add_parser("reload", parents=[file], help="have the running daemon read its file again; waits for that")
+    commands.add_parser(
+        "upgrade", parents=[file], help="have the running daemon become the installed program; waits for that"
+    )
 
     token = commands.add_parser("token", parents=[file], help="mint a session token with the configured secret")
     token.add_argument("--user", type=_count, required=True, metavar="ID", help="the user's number: the claim sub")

@@ -36,6 +36,7 @@ from proxyd.worker.services import Blueprint, build
 # twice costs address space alone, for pages nobody wrote are not there.
 SEATS_LEAST = 128
 SEATS_PER_WORKER = 8
+SEATS_MOST = 4094  # the region has 4,096, two of them telemetry's and the master's
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Node:
     @classmethod
     def create(cls, config: Config) -> Node:
         """Raises OSError when the kernel gives no memory or no sockets; what was made goes with its last reference."""
-        seats = max(SEATS_LEAST, SEATS_PER_WORKER * config.server.workers)
+        seats = min(max(SEATS_LEAST, SEATS_PER_WORKER * config.server.workers), SEATS_MOST)
         return cls(
             region=Region.create(seats + 2, SYSTEM.wall()),
             # One seat more is the telemetry process's own.

@@ -5,7 +5,7 @@ Invariants: every model is frozen and refuses unknown keys; durations are float 
 reads the host, except that workers = "auto" counts the cores.
 
 Reload class of an option (`json_schema_extra["reload"]`): "reload" takes effect with a new generation of workers,
-"restart" only with a new master, because the master holds what it names (listeners, directories, shared memory).
+"restart" only with a new node, because its processes hold what it names (the admin address, directories, the store).
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ class Server(Section):
     """Where we listen, with how many processes, and which directories are ours."""
 
     listen: tuple[Annotated[Listen, BeforeValidator(v.parse_listen)], ...] = option(
-        ["127.0.0.1:3000"], "public addresses: host:port, [v6]:port or unix:/path", reload="restart", lists=True
+        ["127.0.0.1:3000"], "public addresses: host:port, [v6]:port or unix:/path", lists=True
     )
     admin: Annotated[Listen, BeforeValidator(v.parse_listen)] = option(
         "unix:/run/proxyd/admin.sock", "metrics, status and revocation: a Unix socket or loopback", reload="restart"
     )
     workers: Annotated[int, BeforeValidator(v.parse_workers)] = option(
-        "auto", "worker processes; auto is one a core", reload="restart"
+        "auto", "worker processes; auto is one a core"
     )
     backlog: Annotated[int, v.whole(1, 65535)] = option(
-        4096, "connections that may wait for accept, per listener; net.core.somaxconn caps it", reload="restart"
+        4096, "connections that may wait for accept, per listener; net.core.somaxconn caps it"
     )
     drain_timeout: Annotated[float, v.duration("0s", "24h")] = option(
         "120s", "how long running streams may go on after TERM"
@@ -134,7 +134,7 @@ TENANT_NAMES = "1 to 64 letters, digits, dots, underscores and hyphens, the firs
 class TenantLimits(Section):
     """What differs for one tenant; an option left out keeps the general value."""
 
-    concurrent_streams: Streams | None = option(None, "streams at once; 0 is no limit", reload="restart")
+    concurrent_streams: Streams | None = option(None, "streams at once; 0 is no limit")
     requests_per_minute: Limit | None = option(None, "requests in any 60 seconds; 0 is no limit")
     tokens_per_minute: Limit | None = option(None, "tokens in any 60 seconds; 0 is no limit")
 
@@ -142,7 +142,7 @@ class TenantLimits(Section):
 class Limits(Section):
     """How much one tenant may ask for at once and a minute."""
 
-    concurrent_streams: Streams = option(0, "streams at once; 0 is no limit", reload="restart")
+    concurrent_streams: Streams = option(0, "streams at once; 0 is no limit")
     requests_per_minute: Limit = option(0, "requests in any 60 seconds; 0 is no limit")
     tokens_per_minute: Limit = option(0, "tokens in any 60 seconds; 0 is no limit")
     tenants: dict[Annotated[str, v.named(v.NAME_PATTERN, TENANT_NAMES)], TenantLimits] = option(
@@ -236,7 +236,7 @@ class Telemetry(Section):
         "sqlite:////path/file.db, mysql://user@host:port/database or mysql:///database?unix_socket=/path",
         reload="restart",
     )
-    password_file: Path = option("", "the password of a mysql:// sink, not readable by others", reload="restart")
+    password_file: Path = option("", "the password of a mysql:// sink, not readable by others")
     linger: Annotated[float, v.duration("0s", "10s")] = option("20ms", "how long a group of rows waits for company")
     batch_rows: Annotated[int, v.whole(1, 100_000)] = option(1000, "rows in one group at most")
     durability: Literal["row", "second", "os"] = option(

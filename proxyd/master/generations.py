@@ -118,8 +118,10 @@ class Seats:
         return True
 
 
-def tell_no_seats(error: NoSeats, generations: list[Generation], now: float) -> str:
+def tell_no_seats(error: NoSeats, seats: int, generations: list[Generation], now: float) -> str:
     """Who holds the seats, and until when."""
+    if error.wanted * 2 > seats:  # one generation drains while the next one serves
+        return f"{error.wanted} workers do not fit twice into the {seats} places there are: systemctl restart proxyd"
     by_number = {one.number: one for one in generations}
     parts = []
     for number, count in error.holders.items():

@@ -216,7 +216,7 @@ class Renewer:
             self._new = self._roster.begin(plan, now)
         except NoSeats as error:
             plan.listeners.release(serving.spec.listeners)
-            self._fail(tell_no_seats(error, self._roster.generations, now))
+            self._fail(tell_no_seats(error, self._roster.seats.count, self._roster.generations, now))
             return
         self._deadline = now + BOOT_TIMEOUT_S
         self._move(Step.STARTING)

@@ -47,6 +47,7 @@ def build_status(
         "workers": [_worker(region, seat, monotonic_s) for seat in seats],
         "generations": generations(region, seats, notice, monotonic_s),
         "last_reload": last_reload(notice),
+        "renewal": (notice or {}).get("renewal"),
         "alerts": _alerts(snapshot),
         "requests": {
             "answered": snapshot.total("proxyd_requests_total"),
