@@ -4,6 +4,7 @@
 #   make test     lint, types, every test; what .ci/run runs
 #   make build    the compiled modules, beside the sources
 #   make dist     sdist and wheel in dist/, which it empties first; installs only what building needs
+#   make install  as root: unit, kernel settings, configuration and the rest in place (README, "Installing"); DESTDIR, PREFIX
 #   make lint     ruff and mypy alone
 #   make bench    the benchmarks
 #   make lock     requirements-test.lock from what is installed in .venv
@@ -20,7 +21,16 @@ ARGS ?=
 
 WHOSE := import sys; print(sys.version, sys.base_prefix)
 
-.PHONY: run test build dist lint types pytest bench lock clean distclean deps help
+# Where `make install` puts things: vendor files below PREFIX, what an operator edits below SYSCONFDIR. systemd reads units
+# and the .d folders of /usr/lib and /usr/local/lib alike. The unit runs PREFIX/bin/proxyd.
+DESTDIR ?=
+PREFIX ?= /usr
+SYSCONFDIR ?= /etc
+LIB := $(DESTDIR)$(PREFIX)/lib
+SHARE := $(DESTDIR)$(PREFIX)/share/proxyd
+ETC := $(DESTDIR)$(SYSCONFDIR)
+
+.PHONY: run test build dist install lint types pytest bench lock clean distclean deps help
 .DEFAULT_GOAL := help
 
 help:
@@ -78,6 +88,26 @@ endif
 	@$(PY) -m build --no-isolation >build/dist.log 2>&1 \
 	  || { grep '^proxyd: ' build/dist.log || tail -n 40 build/dist.log; exit 1; } >&2
 	@ls dist/*
+
+# Files that operators edit are never overwritten; share/proxyd has each as it came, beside what is to be copied by hand: a
+# server block that went live here would take nginx down, a database's settings are its administrator's.
+install:
+	@install -d "$(LIB)/systemd/system" "$(ETC)/proxyd" "$(ETC)/logrotate.d"
+	@for unit in proxyd.service proxyd.socket; do \
+	  sed -e 's|/usr/bin/proxyd|$(PREFIX)/bin/proxyd|' -e 's|/etc/proxyd|$(SYSCONFDIR)/proxyd|g' systemd/$$unit \
+	    > "$(LIB)/systemd/system/$$unit" && chmod 0644 "$(LIB)/systemd/system/$$unit" || exit 1; done
+	@install -D -m 0644 systemd/proxyd.sysusers "$(LIB)/sysusers.d/proxyd.conf"
+	@install -D -m 0644 conf/tmpfiles.d/proxyd.conf "$(LIB)/tmpfiles.d/proxyd.conf"
+	@install -D -m 0644 conf/sysctl.d/60-proxyd.conf "$(LIB)/sysctl.d/60-proxyd.conf"
+	@install -D -m 0644 conf/modules-load.d/proxyd.conf "$(LIB)/modules-load.d/proxyd.conf"
+	@cd conf && find . -type f ! -path './sysctl.d/*' ! -path './modules-load.d/*' ! -path './tmpfiles.d/*' \
+	  -exec install -D -m 0644 {} "$(abspath $(SHARE))/{}" \;
+	@for pair in proxyd.toml:proxyd/proxyd.toml logrotate.d/proxyd:logrotate.d/proxyd; do \
+	  file="$(ETC)/$${pair#*:}"; \
+	  if [ -e "$$file" ] || [ -L "$$file" ]; then \
+	    cmp -s "conf/$${pair%%:*}" "$$file" || echo "kept $$file; as it came: $(SHARE)/$${pair%%:*}"; \
+	  else install -m 0644 "conf/$${pair%%:*}" "$$file" || exit 1; fi; done
+	@echo "installed below $(DESTDIR)$(PREFIX) and $(ETC); next: README, \"Installing\""
 
 lock:
 	@{ echo "# What the tests ran with: \`make lock\` writes this from the tested .venv. Names and versions only."; \
