@@ -14,7 +14,14 @@ import socket
 from collections.abc import Iterator
 
 from proxyd.cli.check_found import Found, load_of
-from proxyd.cli.check_kernel import Case, congestion_control, kernel_settings, port_needs, reserved_ports
+from proxyd.cli.check_kernel import (
+    Case,
+    congestion_control,
+    kernel_settings,
+    port_needs,
+    reserved_ports,
+    timestamps,
+)
 from proxyd.config.locate import KeyPath
 from proxyd.config.schema import Config
 from proxyd.config.units import format_duration
@@ -40,7 +47,7 @@ def host_findings(config: Config, host: Host, *, default_file: str) -> list[Foun
         found.append(_hidden())
         return found
     found += [*kernel_settings(case), *reserved_ports(case), *port_needs(case), *congestion_control(case)]
-    found += [*_tcp_memory(case), *_tracking(case)]
+    found += [*timestamps(case), *_tcp_memory(case), *_tracking(case)]
     return found
 
 
@@ -182,15 +189,16 @@ def _is_beyond_the_unit(case: Case, port: int) -> bool:
 
 
 def _taken(case: Case, key: KeyPath, text: str, port: int) -> Iterator[Found]:
-    """Nothing where it is a running proxyd of this file, or systemd with a socket for it."""
-    if _answers(case.config):
+    """Nothing where it is the running proxyd of this file; a warning where it may be systemd with a socket for it."""
+    holder = ports.holder(case.host.listening.get(port, set()))
+    if (holder is None or holder[1].startswith("proxyd")) and _answers(case.config):
         return
-    by_systemd = ports.is_held_by(1, case.host.listening.get(port, set()))
-    if not by_systemd:
-        is_error = by_systemd is False
-        end = "; a start is refused" if is_error else ", or systemd for the unit"
-        message = f"another process has {text}{end}"
-        yield Found(is_error, key, message, "`ss -ltnp` names it; end it, or choose another port")
+    if holder is None:
+        message = f"another process has {text}, or systemd for the unit"
+        yield Found(False, key, message, "`ss -ltnp`, as root, names it; end it, or choose another port")
+    else:
+        message = f"process {holder[0]} ({holder[1]}) has {text}; a start is refused"
+        yield Found(True, key, message, "end it, or choose another port")
 
 
 def _answers(config: Config) -> bool:

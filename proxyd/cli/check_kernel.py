@@ -15,7 +15,7 @@ from proxyd.config.locate import KeyPath
 from proxyd.config.schema import Config
 from proxyd.host import memory, ports
 from proxyd.host.kernel import BY_NAME, PORT_RANGE, RESERVED_PORTS, SETTINGS, Setting, command, in_words, is_met
-from proxyd.host.look import ALLOWED, AVAILABLE, TCP_MEM, Host
+from proxyd.host.look import ALLOWED, AVAILABLE, TCP_MEM, TIMESTAMPS, Host
 
 FOR_GOOD = "for good: conf/sysctl.d/60-proxyd.conf, then sysctl --system"
 OWN_FILE = "/etc/sysctl.d/61-proxyd-ports.conf"
@@ -250,6 +250,15 @@ def reserved_ports(case: Case) -> Iterator[Found]:
     )
     remedy = f"{command(RESERVED_PORTS, whole)} (for good the whole line in {OWN_FILE}: {RESERVED_PORTS} = {whole})"
     yield Found(False, ("server", "listen"), message, remedy, has, whole, RESERVED_PORTS)
+
+
+def timestamps(case: Case) -> Iterator[Found]:
+    """What tcp_tw_reuse stands on."""
+    live = case.host.settings.get(TIMESTAMPS, "1")
+    if live == "0":
+        message = f"is 0, wanted 1: without it tcp_tw_reuse has no effect, and {_tw_reuse(case, live)}"
+        key: KeyPath = ("upstream", 0, "max_connections")
+        yield Found(False, key, message, command(TIMESTAMPS, "1"), live, "1", TIMESTAMPS)
 
 
 def port_needs(case: Case) -> Iterator[Found]:

@@ -20,10 +20,12 @@ from proxyd.host.unit import Unit
 AVAILABLE = "net.ipv4.tcp_available_congestion_control"
 ALLOWED = "net.ipv4.tcp_allowed_congestion_control"
 TCP_MEM = "net.ipv4.tcp_mem"
+TIMESTAMPS = "net.ipv4.tcp_timestamps"
 UNPRIVILEGED = "net.ipv4.ip_unprivileged_port_start"
 TRACKED, MAY_TRACK = "net.netfilter.nf_conntrack_count", "net.netfilter.nf_conntrack_max"
 TRACKED_FOR = "net.netfilter.nf_conntrack_tcp_timeout_established"
-NAMES = (*BY_NAME, RESERVED_PORTS, AVAILABLE, ALLOWED, TCP_MEM, UNPRIVILEGED, TRACKED, MAY_TRACK, TRACKED_FOR)
+_OTHERS = (AVAILABLE, ALLOWED, TCP_MEM, TIMESTAMPS, UNPRIVILEGED, TRACKED, MAY_TRACK, TRACKED_FOR)
+NAMES = (*BY_NAME, RESERVED_PORTS, *_OTHERS)
 # sysctl.d(5), in the order in which a file of one name wins; /etc/sysctl.conf is read last (sysctl(8), --system).
 FOLDERS = ("etc/sysctl.d", "run/sysctl.d", "usr/local/lib/sysctl.d", "usr/lib/sysctl.d", "lib/sysctl.d")
 LAST_FILE = "etc/sysctl.conf"

@@ -1,7 +1,7 @@
 """Local ports: how many outgoing connections may have, and which of them belong to services.
 
 Owns: the kernel's notation of port lists, what listens on this node, the arithmetic of a range against destinations.
-Must not know: the configuration, who asks. `listening`, `bind_error` and `is_held_by` look at the machine, the rest is
+Must not know: the configuration, who asks. `listening`, `bind_error` and `holder` look at the machine, the rest is
 pure.
 
 A connection is (source address, source port, destination address, destination port). With IP_BIND_ADDRESS_NO_PORT a
@@ -96,20 +96,21 @@ def listening(net: str = "/proc/self/net") -> dict[int, set[int]]:
     return found
 
 
-def is_held_by(pid: int, inodes: set[int]) -> bool | None:
-    """Whether the process has one of these sockets open; None where this user may not know."""
+def holder(inodes: set[int]) -> tuple[int, str] | None:
+    """A process that has one of these sockets open, by number and name; not the first one, systemd, which holds sockets
+    for others. None where there is no such process or this user may not know."""
     names = {f"socket:[{inode}]" for inode in inodes}
-    folder = f"/proc/{pid}/fd"
-    try:
-        for name in os.listdir(folder):
-            try:
-                if os.readlink(f"{folder}/{name}") in names:
-                    return True
-            except FileNotFoundError:
-                continue
-    except OSError:
-        return None
-    return False
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if pid == "1":
+            continue
+        try:
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                if os.readlink(f"/proc/{pid}/fd/{name}") in names:
+                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+                        return int(pid), file.read().strip()
+        except OSError:
+            continue  # it ended, or is another user's
+    return None
 
 
 def bind_error(host: str, port: int) -> int:

@@ -177,6 +177,13 @@ def test_the_range_to_come_counts_for_reserved_ports_too() -> None:
     assert {one.key for one in look_at(host)} == {"net.ipv4.ip_local_port_range", "net.ipv4.ip_local_reserved_ports"}
 
 
+def test_reuse_of_ports_without_timestamps_is_none() -> None:
+    one = only(changed({"net.ipv4.tcp_timestamps": "0"}))
+    assert "without it tcp_tw_reuse has no effect" in one.message
+    assert one.remedy == "sysctl -w net.ipv4.tcp_timestamps=1"
+    assert look_at(changed({"net.ipv4.tcp_timestamps": "2"})) == []
+
+
 def test_large_buffers_are_computed_against_tcp_mem() -> None:
     one = only(changed({"net.ipv4.tcp_rmem": "4096 131072 33554432"}))
     assert "a stalled stream may hold 33 MiB in the kernel, so 44 fill tcp_mem (1.4 GiB), of the 4096" in one.message
