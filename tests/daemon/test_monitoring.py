@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gzip
+import http.client
 import json
 import math
 import os
@@ -26,7 +28,7 @@ from typing import Any
 
 import pytest
 
-from tests.daemon.harness import ROOT, Daemon, Reply, Upstream, Wire, node, request_bytes, wait_for
+from tests.daemon.harness import ROOT, Daemon, Reply, Upstream, Wire, free_port, node, request_bytes, wait_for
 
 PATH = "/v1/chat/completions"
 EVENT = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
@@ -131,6 +133,52 @@ def test_rates_and_pools_are_told(daemon: Daemon) -> None:
     assert pool["idle"] >= 1
     assert [(worker["slot"], worker["generation"] >= 0) for worker in found["workers"]] == [(0, True), (1, True)]
     assert found["last_reload"] is None
+
+
+# --- Prometheus -------------------------------------------------------------------------------------------------------
+
+
+def test_prometheus_takes_the_metrics_as_they_are(daemon: Daemon) -> None:
+    text = daemon.admin("/metrics")[1]
+    found = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, timeout=60)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_the_shipped_nginx_passes_metrics_on_and_nothing_else(daemon: Daemon, tmp_path: Path) -> None:
+    port = free_port()
+    text = (ROOT / "conf/nginx/proxyd-metrics.conf").read_text()
+    text = text.replace("listen 127.0.0.1:9464;", f"listen 127.0.0.1:{port};")
+    text = text.replace("unix:/run/proxyd/admin.sock", f"unix:{daemon.folder}/admin.sock")
+    names = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    paths = "".join(f"{name}_temp_path {tmp_path}/{name};\n" for name in names)
+    user = "user root;\n" if os.geteuid() == 0 else ""  # the socket is 0660, and this folder is the test's alone
+    config = tmp_path / "nginx.conf"
+    config.write_text(f"{user}daemon off; pid {tmp_path}/pid;\nevents {{}}\nhttp {{\n{paths}{text}\n}}\n")
+
+    def get(path: str, method: str = "GET", **headers: str) -> tuple[int, Any, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request(method, path, headers=headers)
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read()
+
+    def listens() -> bool:
+        with contextlib.suppress(ConnectionRefusedError):
+            return get("/")[0] == 404
+        return False
+
+    nginx = subprocess.Popen(["nginx", "-p", str(tmp_path), "-c", str(config), "-e", f"{tmp_path}/error.log"])
+    try:
+        wait_for(listens, 20)
+        status, headers, body = get("/metrics", **{"Accept-Encoding": "gzip"})
+        assert (status, headers["Content-Encoding"]) == (200, "gzip")
+        assert headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        assert b'proxyd_alert_active{alert="' in gzip.decompress(body)
+        for path in ("/status", "/sessions/revoke", "/metrics/"):
+            assert get(path)[0] == get(path, "POST")[0] == 404
+    finally:
+        nginx.terminate()
+        nginx.wait(20)
 
 
 # --- proxyd status and proxyd top on a pipe --------------------------------------------------------------------------
