@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import socket
 from collections.abc import Callable, Mapping
 
 from proxyd import __version__
@@ -24,7 +25,7 @@ from proxyd.config.secrets import Secrets
 from proxyd.host import limits
 from proxyd.host.child import ChildSpec
 from proxyd.host.sockets import ListenError, Listeners
-from proxyd.host.systemd import Notifier
+from proxyd.host.systemd import Notifier, take_listen_fds
 from proxyd.log import Log
 from proxyd.master.main import Master
 from proxyd.master.spec import MasterSpec, Program
@@ -52,6 +53,7 @@ def run(
     an upgrade starts; without it there is neither reload nor upgrade. `on_ready` is called in the master, once."""
     server = config.server
     notifier = Notifier(os.environ)
+    given = take_listen_fds(os.environ)
     environ = dict(os.environ)
     allowed = limits.raise_open_files()
     files = limits.decide(sum(upstream.max_connections for upstream in config.upstream), allowed)
@@ -62,7 +64,7 @@ def run(
     try:
         _make_directories(config, log)
         ensure_spool_dir(server.state_dir)  # here it is one line; in the children one each, again and again
-        listeners = _bind(config)
+        listeners = _bind(config, [fd for fds in given.values() for fd in fds])
     except SpoolError as error:
         return fail("proxyd", 1, str(error))
     except ListenError as error:
@@ -85,6 +87,7 @@ def run(
         first=node.generation(config, secrets, listeners, log, page_cookie),
         extra_children=extra_children,
         notifier=notifier,
+        stored=tuple(given),
         on_ready=lambda: _tell_ready(config, listeners, log, on_ready),
         on_worker_gone=lambda seat: node.reclaim(seat, log),
         renewal=renewal,
@@ -153,15 +156,30 @@ def _make_directories(config: Config, log: Log) -> None:
             log.info("directory_made", path=path, mode=f"{mode:04o}")
 
 
-def _bind(config: Config) -> Listeners:
-    """Raises ListenError."""
+def _bind(config: Config, given: list[int]) -> Listeners:
+    """`given`: descriptors that the service manager handed over; all are closed, but for duplicates of those that are
+    in use. Raises ListenError."""
     server = config.server
     deadline = SYSTEM.monotonic() + BIND_PATIENCE_S
-    while True:
-        try:
-            return Listeners(server.listen, [server.admin], server.workers, server.backlog)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or SYSTEM.monotonic() > deadline:
-                raise
-        # Not a loop of the master's: nothing runs yet that could be held up, and a signal ends the process.
-        select.poll().poll(BIND_RETRY_MS)
+    offered = [sock for fd in given if (sock := _socket(fd)) is not None]
+    try:
+        while True:
+            try:
+                copies = [sock.dup() for sock in offered]
+                return Listeners(server.listen, [server.admin], server.workers, server.backlog, copies)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or SYSTEM.monotonic() > deadline:
+                    raise
+            # Not a loop of the master's: nothing runs yet that could be held up, and a signal ends the process.
+            select.poll().poll(BIND_RETRY_MS)
+    finally:
+        for sock in offered:
+            sock.close()
+
+
+def _socket(fd: int) -> socket.socket | None:
+    try:
+        return socket.socket(fileno=fd)
+    except OSError:  # no socket: of another version's store
+        os.close(fd)
+        return None

@@ -98,7 +98,8 @@ def _live(spec: ChildSpec, make_birth: Callable[[], Birth], pipe: SignalPipe) ->
         birth = make_birth()
         gc.enable()
         faulthandler.enable()  # SIGABRT of a stuck child leaves a traceback on stderr
-        signal.pthread_sigmask(signal.SIG_SETMASK, set())
+        # Before its loop has a handler, TERM would kill telemetry with rows to store: it waits for worker/main.py.
+        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM} if birth.seat >= 0 else set())
         code = spec.run(birth)
     except BaseException:  # noqa: BLE001  the process ends here, and says why
         traceback.print_exc()

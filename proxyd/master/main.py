@@ -41,6 +41,7 @@ from proxyd.master.slots import Phase, Slot
 from proxyd.master.spec import MasterSpec
 from proxyd.shm.beats import Beat, State
 
+STORED_PREFIX = "listen-"  # how host/sockets.py names what it stores; a socket unit's names are its own
 CHECK_S = 1.0  # beats, titles and the watchdog; ten times faster than the shortest thing it judges
 
 
@@ -119,6 +120,9 @@ class Master:
         self._beat.birth(0, new_epoch(), now, -1)
         self._beat.birth(os.getpid(), 0, 0.0)
         self._store_listeners(self._spec.first.listeners, None)
+        for name in set(self._spec.stored) - set(self._spec.first.listeners.named()):
+            if name.startswith(STORED_PREFIX):
+                self._spec.notifier.fd_remove(name)  # of an address that is not in the file any more
         self._roster.start(now)
         self._renewer.publish()
 

@@ -76,7 +76,8 @@ class MasterSpec:
     """Everything a master needs, made by the command line. `region` has a seat per worker, one for telemetry and one
     for the master. `on_worker_gone`: a seat whose worker is reaped, not yet replaced. Without `renewal` a HUP or
     USR2 only logs `no_renewal`. `handed`: what the image before this one left; `first` then stands for the generation
-    that serves, for as long as it does. `version`: of the program that runs here."""
+    that serves, for as long as it does. `stored`: names under which the service manager gave
+    descriptors. `version`: of the program that runs here."""
 
     region: Region
     first: GenerationSpec
@@ -84,6 +85,7 @@ class MasterSpec:
     beat_timeout_s: float = BEAT_TIMEOUT_S
     telemetry_timeout_s: float = 60.0  # a commit on a slow disk may hold its loop; killing it then helps nobody
     notifier: Notifier = field(default_factory=lambda: Notifier({}))
+    stored: tuple[str, ...] = ()
     on_ready: Callable[[], None] = lambda: None
     on_worker_gone: Callable[[int], None] = lambda seat: None
     renewal: Renewal | None = None

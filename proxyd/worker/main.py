@@ -198,6 +198,7 @@ def _run(
         stop = _Stop(clock)
         loop.add_signal_handler(signal.SIGTERM, stop.ask, term_timeout_s)
         loop.add_signal_handler(signal.SIGUSR1, log.reopen)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked since the fork: master/children.py
 
         def on_lifeline() -> None:
             # Nobody writes to this pipe, so readable means its end: the other side is gone.
