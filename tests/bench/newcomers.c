@@ -6,12 +6,12 @@
  *   close    the share of new connections that ask for `Connection: close`; the others are reset once their answer is whole
  *   streams  long streams, each with a connection of its own, `min` to `max` events at `stream_rate` a second; one that has
  *            ended is followed by another
- *   wait     seconds until an answer counts as never ended (30)
+ *   wait     seconds until an answer counts as never ended (30); slow: until it is told of (1)
  * Requests are, in turn: a JSON answer, a stream of 5 events at once, the same at 50 events a second.
  * Commands, as lines: `go` begins the requests (the streams begin at once), `report` prints one JSON line, `stop` ends the
  * requests, and the streams as they end; `leave` closes the streams that are open; `quit`.
  * Prints `ready` when every stream has had an event, `stopped` after `stop` when nothing is open, and for each failure:
- *   slow PORT ASKED_NS CONNECTED_NS FIRST_BYTE_NS ENDED_NS USES    for a request that took more than a second
+ *   slow PORT ASKED_NS CONNECTED_NS FIRST_BYTE_NS ENDED_NS USES    for a whole answer that took more than `slow` s
  *   fail KIND WHO PORT ASKED_NS ENDED_NS USES BYTES DETAIL      WHO: request or stream; USES: requests before on the connection
  * An answer is whole if its framing ends, its events are numbered without a gap, each names this request, and [DONE] came.
  */
@@ -43,7 +43,7 @@ static Conn *conns;
 static int conn_count, poller, target_port;
 static const char *target, *token;
 static double rate, kept_share, close_share, stream_rate;
-static uint64_t wait_ns, next_number = 1, least, most;
+static uint64_t wait_ns, slow_ns, next_number = 1, least, most;
 static int pool, pool_open, cap, streams, streams_open, streams_ready, requests_open, going, stopping, said_ready, said_stopped, lines, streams_begun;
 static uint64_t failures[2][KINDS], statuses[2][600], whole[2], begun[2], held, connects, idle_closed, said_close, events, slow;
 static Histogram took, first;
@@ -188,7 +188,7 @@ static void finish(Conn *conn) {
     whole[was_stream]++;
     if (!was_stream) {
         record(&took, now - conn->asked);
-        if (now - conn->asked > 1000000000u) {
+        if (now - conn->asked > slow_ns) {
             slow++;
             if (lines++ < LINES_MAX)
                 printf("slow %d %llu %llu %llu %llu %u\n", conn->port, (unsigned long long)conn->asked,
@@ -341,7 +341,7 @@ static void report(void) {
     printf("report {\"at_ns\":%llu,", (unsigned long long)now_ns());
     print_counts("requests", 0);
     print_counts("streams", 1);
-    printf("\"connects\":%llu,\"held_back\":%llu,\"idle_closed\":%llu,\"said_close\":%llu,\"events\":%llu,\"over_1s\":%llu,\"pool\":%d,",
+    printf("\"connects\":%llu,\"held_back\":%llu,\"idle_closed\":%llu,\"said_close\":%llu,\"events\":%llu,\"slow\":%llu,\"pool\":%d,",
            (unsigned long long)connects, (unsigned long long)held, (unsigned long long)idle_closed, (unsigned long long)said_close,
            (unsigned long long)events, (unsigned long long)slow, pool_open);
     print_histogram("first_byte", &first);
@@ -406,6 +406,7 @@ int main(int argc, char **argv) {
     most = (uint64_t)option(argv[4], "max", 60);
     opens = option(argv[4], "opens", 500);
     wait_ns = (uint64_t)(option(argv[4], "wait", 30) * 1e9);
+    slow_ns = (uint64_t)(option(argv[4], "slow", 1) * 1e9);
     srand48((long)getpid());
     conn_count = streams + cap + pool + 8;
     conns = must(calloc((size_t)conn_count, sizeof *conns));

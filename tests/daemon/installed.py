@@ -186,7 +186,9 @@ class InstalledDaemon(Daemon):
 
     def worker_pids(self) -> set[int]:
         """Of the generation that serves, as /status tells it."""
-        return {one["pid"] for one in self.status()["workers"] if one["pid"]}
+        found = self.status()
+        serving = {one["generation"] for one in found["generations"] if one["state"] == "serving"}
+        return {one["pid"] for one in found["workers"] if one["pid"] and one["generation"] in serving}
 
     def draining(self) -> list[dict[str, Any]]:
         return [one for one in self.status().get("generations", []) if one["state"] == "draining"]

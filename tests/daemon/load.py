@@ -97,7 +97,7 @@ class Newcomers:
     def __init__(self, folder: Path, target: str | int, token: str, via: str = "tcp", **options: float) -> None:
         self.via = via
         self.failures: list[Failure] = []
-        self.slow: list[tuple[float, ...]] = []  # over a second: when asked, connected, first byte, end
+        self.slow: list[tuple[float, ...]] = []  # of slow ones: when asked, connected, first byte, end
         told = "".join(f" {name}={value:g}" for name, value in options.items())  # a blank first: see newcomers.c
         self._tool = Tool(str(folder / "newcomers"), str(target), token, str(LIFETIME_S), told)
         self._words: list[str] = []

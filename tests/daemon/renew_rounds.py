@@ -248,8 +248,11 @@ def take_turn(
         faults.append(f"workers of before still serve: {pids & daemon.worker_pids()}")
     if not how and kind == "upgrade" and after["version"] != daemon.installed.version:
         faults.append(f"version {after['version']} serves, not {daemon.installed.version}")
-    if not how and kind == "reload" and f"turn-{number}" not in served_models(daemon):
-        faults.append("the new configuration is not served")
+    if not how and kind == "reload":
+        with contextlib.suppress(AssertionError):  # an old worker may answer until it has seen its order
+            wait_for(lambda: f"turn-{number}" in served_models(daemon), 2)
+        if f"turn-{number}" not in served_models(daemon):
+            faults.append("the new configuration is not served")
     outcome.faults += [f"{name}: {text}" for text in faults]
     return renewal
 
@@ -332,7 +335,7 @@ def describe(outcome: Outcome) -> str:
     for report in outcome.reports:
         first, whole = ({name: us / 1e3 for name, us in report[key].items()} for key in ("first_byte", "took"))
         lines.append(
-            f"  {report['via']}: {report['connects']} connects, {report['held_back']} held back, {report['over_1s']} "
+            f"  {report['via']}: {report['connects']} connects, {report['held_back']} held back, {report['slow']} "
             f"over 1 s; kept ones: {report['idle_closed']} closed idle, {report['said_close']} by Connection: close; "
             f"first byte p50 {first['p50_us']:.1f} p99 {first['p99_us']:.1f} max {first['max_us']:.0f} ms, "
             f"whole at most {whole['max_us']:.0f} ms"

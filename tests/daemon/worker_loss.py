@@ -276,7 +276,7 @@ def describe(outcome: Outcome) -> str:
         f"worker {outcome.lost_with_worker}, all others {len(outcome.faults)}",
         f"respawn: median {respawns[len(respawns) // 2]:.0f} ms, at most {respawns[-1]:.0f} ms",
         f"at the end: {outcome.limits} {outcome.gauges}; rows {outcome.rows}",
-        f"answers: over 1 s {outcome.report['over_1s']}, at most {outcome.report['took']['max_us'] / 1000:.0f} ms",
+        f"answers: over 1 s {outcome.report['slow']}, at most {outcome.report['took']['max_us'] / 1000:.0f} ms",
         f"faults: {len(outcome.faults)}",
     ]
     return "\n".join([*lines, *(f"  {fault}" for fault in outcome.faults[:40])])
