@@ -37,6 +37,7 @@ from proxyd.front.request import Request
 from proxyd.front.states import State as ClientState
 from proxyd.front.wheel import Wheel
 from proxyd.host.sockets import Listeners
+from proxyd.relay.attempt import vocabulary_ready
 from proxyd.relay.service import Relay, Waits
 from proxyd.shm.beats import Beat, State
 from proxyd.shm.ledger import Ledger
@@ -215,12 +216,14 @@ class WorkerServices:
         )
 
     async def start(self) -> None:
+        O200K.prepare()  # now, and not with the first request: a reload would be felt by all who come then
         if self._keys is not None and self._keys.remote is not None:
             self._keys.remote.tick()
             await self._keys.wait()
         self._maybe_learn_revocations()
         await self._web.start(self._context.loop)
         await self._admin.start(self._listeners.admin)
+        await vocabulary_ready(self._clock.monotonic)
         self._acceptor.resume()
         if self._arrivals is not None:
             self._arrivals.resume()
