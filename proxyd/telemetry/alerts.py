@@ -72,6 +72,11 @@ class Alerts:
                 changes.append(change)
         return changes
 
+    def inherit(self, text: str, raised_at_s: float) -> None:
+        """One that was raised before this object was made."""
+        alert = self._alerts[text]
+        alert.state, alert.raised_at_s = State.RAISED, raised_at_s
+
     def is_raised(self, text: str) -> bool:
         return self._alerts[text].state is State.RAISED
 

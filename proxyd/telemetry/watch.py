@@ -6,8 +6,9 @@ that one is alone on the node; when an alert is one (alerts.py), what a quantity
 
 Invariants: a look that fails ends nothing, neither the writer nor the next look. Cost: one metrics.read a second.
 
-A new telemetry process (after a death, a reload) begins anew: what was raised is quiet until two looks have found it
-again, and counts begin at its first look.
+A new telemetry process (after a death, a reload) takes over what was raised: that is in counters, which survive, unlike
+gauges. `_alert_raised` and `_alert_ended` count; `_alert_raised_at` grows to the wall time of the last one. What is
+counted over a minute begins at its first look.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 
 from proxyd.clock import Clock
 from proxyd.config.conditions import parse
-from proxyd.shm.metrics import Snapshot
+from proxyd.shm.metrics import Labels, Snapshot
 from proxyd.telemetry.alerts import Alerts, Change, State
 from proxyd.telemetry.quantities import Meter, Window
 
@@ -42,6 +43,7 @@ RATES = {
 class Gauges(Protocol):
     """What we need of shm.metrics.Metrics."""
 
+    def counter(self, name: str, **labels: str) -> Any: ...
     def gauge(self, name: str, **labels: str) -> Any: ...
 
 
@@ -56,7 +58,7 @@ class EventLog(Protocol):
 class Watch:
     """One a telemetry process. `look` is called once a second."""
 
-    __slots__ = ("_alerts", "_clock", "_failed_at_s", "_gauges", "_log", "_meter", "_rates", "_read")
+    __slots__ = ("_alerts", "_clock", "_failed_at_s", "_gauges", "_has_begun", "_log", "_meter", "_rates", "_read")
 
     def __init__(
         self,
@@ -74,10 +76,30 @@ class Watch:
         self._rates = {name: Window(60.0) for name in RATES}
         self._read, self._gauges, self._log, self._clock = read, gauges, log, clock
         self._failed_at_s: float | None = None
-        for condition in conditions:
-            gauges.gauge("_alert_listed", alert=condition.text).set(1)
-            gauges.gauge("proxyd_alert_active", alert=condition.text).set(0)
-            gauges.gauge("_alert_value", alert=condition.text).set(NO_VALUE)
+        self._has_begun = False
+
+    def _begin(self, snapshot: Snapshot, now_s: float) -> None:
+        """Lists what is watched, with what the process before us had raised: still watched, or no more in the file."""
+        listed = {condition.text for condition in self._alerts.conditions}
+        for text in listed:
+            self._gauges.gauge("_alert_listed", alert=text).set(1)
+            self._gauges.gauge("proxyd_alert_active", alert=text).set(0)
+        wall_s = self._clock.wall()
+        counters = snapshot.counters
+        ended = _by_alert(counters, "_alert_ended")
+        raised_at = _by_alert(counters, "_alert_raised_at")
+        for text, times in _by_alert(counters, "_alert_raised").items():
+            if times <= ended.get(text, 0):
+                continue
+            since_s = min(float(raised_at.get(text, 0)), wall_s)
+            if text in listed:
+                self._alerts.inherit(text, now_s - (wall_s - since_s))
+                self._gauges.gauge("_alert_since", alert=text).set(int(since_s))
+                self._gauges.gauge("proxyd_alert_active", alert=text).set(1)
+            else:
+                self._gauges.counter("_alert_ended", alert=text).add(times - ended.get(text, 0))
+                detail = "no longer in monitoring.alert_on"
+                self._log.info("alert_cleared", alert=text, lasted_s=round(wall_s - since_s, 1), detail=detail)
 
     def look(self) -> None:
         """Never raises."""
@@ -91,6 +113,9 @@ class Watch:
 
     def _look(self, now_s: float) -> None:
         snapshot = self._read(now_s)
+        if not self._has_begun:
+            self._begin(snapshot, now_s)
+            self._has_begun = True
         for name, window in self._rates.items():
             rate = window.per_second(now_s, snapshot.total(RATES[name]))
             self._gauges.gauge("_rate", of=name).set(round(rate * VALUE_PARTS))
@@ -107,10 +132,17 @@ class Watch:
         self._gauges.gauge("_alert_since", alert=text).set(int(self._clock.wall()) if is_raised else 0)
         self._gauges.gauge("proxyd_alert_active", alert=text).set(int(is_raised))
         value = None if change.value is None else round(change.value, 3)
+        self._gauges.counter("_alert_raised" if is_raised else "_alert_ended", alert=text).add(1)
         if is_raised:
+            at = self._gauges.counter("_alert_raised_at", alert=text)
+            at.add(max(0, int(self._clock.wall()) - at.value))
             self._log.warning("alert_raised", alert=text, value=value)
         else:
             self._log.info("alert_cleared", alert=text, value=value, lasted_s=round(change.lasted_s, 1))
+
+
+def _by_alert(counters: dict[str, dict[Labels, int]], name: str) -> dict[str, int]:
+    return {dict(labels).get("alert", ""): value for labels, value in counters.get(name, {}).items()}
 
 
 @contextlib.contextmanager

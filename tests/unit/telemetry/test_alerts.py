@@ -12,7 +12,7 @@ from proxyd.shm.metrics import Metrics, Snapshot, read
 from proxyd.shm.region import Region
 from proxyd.telemetry.alerts import CLEAR_AFTER_S, Alerts, Change, State
 from proxyd.telemetry.quantities import STEPS, Meter, Window
-from proxyd.telemetry.watch import NO_VALUE, TELL_AGAIN_S, VALUE_PARTS, Watch
+from proxyd.telemetry.watch import TELL_AGAIN_S, VALUE_PARTS, Watch
 
 DEPTH = "queue_depth > 800"
 
@@ -219,8 +219,6 @@ def test_an_alert_is_an_event_and_a_gauge_and_so_is_its_end() -> None:
     text = "streams_active > 5"
     watch, metrics, region = watch_of(told, text)
     streams = metrics.gauge("proxyd_streams_active", tenant="a")
-    assert gauges(region, "proxyd_alert_active") == {text: 0}
-    assert gauges(region, "_alert_value") == {text: NO_VALUE}
     streams.set(9)
     for _ in range(2):
         watch.look()
@@ -255,6 +253,35 @@ def test_a_look_that_fails_is_told_once_a_minute_and_the_next_one_looks() -> Non
     assert told.events() == [("error", "alerts_not_evaluated")] * 2 + [("warning", "alert_raised")]
     assert told.lines[0][2] == {"detail": "OSError: no memory"}
     assert TELL_AGAIN_S == 60
+
+
+def test_a_new_process_takes_over_what_was_raised() -> None:
+    told = Told()
+    kept, dropped = "streams_active > 5", "streams_active > 6"
+    watch, metrics, region = watch_of(told, kept, dropped)
+    metrics.gauge("proxyd_streams_active", tenant="a").set(9)
+    for _ in range(2):
+        watch.look()
+        told.now += 1
+    assert told.events() == [("warning", "alert_raised")] * 2
+    told.lines.clear()
+    told.now += 30
+    reborn = Watch([kept], lambda now: read(region, now), Metrics(region, 2), told, told)  # type: ignore[arg-type]
+    assert gauges(region, "proxyd_alert_active") == {kept: 0, dropped: 0}  # as the death of a process leaves them
+    reborn.look()
+    assert gauges(region, "proxyd_alert_active") == {kept: 1, dropped: 0}
+    assert gauges(region, "_alert_since")[kept] == 1_800_001_001
+    detail = "no longer in monitoring.alert_on"
+    assert told.lines == [("info", "alert_cleared", {"alert": dropped, "lasted_s": 31.0, "detail": detail})]
+    metrics.gauge("proxyd_streams_active", tenant="a").set(0)
+    for _ in range(12):
+        told.now += 1
+        reborn.look()
+    assert told.lines[1:] == [("info", "alert_cleared", {"alert": kept, "value": 0.0, "lasted_s": 42.0})]
+    third = Watch([kept], lambda now: read(region, now), Metrics(region, 2), told, told)  # type: ignore[arg-type]
+    third.look()
+    assert gauges(region, "proxyd_alert_active")[kept] == 0
+    assert len(told.lines) == 2
 
 
 def test_rates_are_told_without_any_condition() -> None:

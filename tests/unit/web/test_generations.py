@@ -148,13 +148,13 @@ def test_alerts_come_first_and_in_the_words_of_the_file() -> None:
     clock = Silent()
     texts = ["p99_latency > 200ms", "streams_active > 5", "requests > 100/min"]
     watch = Watch(texts, lambda now: read(node.region, now), own, clock, clock)  # type: ignore[arg-type]
+    watch.look()
     told = node.status()["alerts"]
     assert [(one["alert"], one["active"], one["value"]) for one in told] == [
         ("p99_latency > 200ms", False, None),
-        ("requests > 100/min", False, None),
-        ("streams_active > 5", False, None),
+        ("requests > 100/min", False, 0.0),
+        ("streams_active > 5", False, 9.0),
     ]
-    watch.look()
     watch.look()
     first, *rest = node.status()["alerts"]
     assert first == {
@@ -173,7 +173,8 @@ def test_alerts_come_first_and_in_the_words_of_the_file() -> None:
     assert 'proxyd_alert_active{alert="streams_active > 5"} 1.0' in text
     assert 'proxyd_alert_active{alert="requests > 100/min"} 0.0' in text
     # Another telemetry process, with another file, in the same seat.
-    Watch(["tokens > 1"], lambda now: read(node.region, now), Metrics(node.region, node.region.telemetry), clock, clock)  # type: ignore[arg-type]
+    own = Metrics(node.region, node.region.telemetry)
+    Watch(["tokens > 1"], lambda now: read(node.region, now), own, clock, clock).look()  # type: ignore[arg-type]
     assert [one["alert"] for one in node.status()["alerts"]] == ["tokens > 1"]
     assert (NO_VALUE, VALUE_PARTS) == (-1, 10**6)
 
