@@ -7,7 +7,8 @@ Owns the steps and the result. Must not know the node's phases, configurations, 
                      |-- reload: the next generation is planned and begun --> STARTING
                      '-- upgrade: execve --fails--> IDLE
                              '-- in the new image: PLANNING -- begun --> STARTING
-    STARTING -- every worker READY --> IDLE      promoted; the generation before it drains
+    STARTING -- every worker READY --> SETTLING  promoted; the generation before it drains
+    SETTLING -- that one has left the listeners, SETTLE_S --> IDLE      who has the result is served by the new one
              -- one died, BOOT_TIMEOUT_S --> IDLE     discarded; the generation before it goes on
 
 A HUP while one is under way, or while the node starts, is remembered: one more follows, however many came. A USR2 is
@@ -29,10 +30,12 @@ from proxyd.master.crew import Crew
 from proxyd.master.generations import Generation, NoSeats, tell_no_seats
 from proxyd.master.inquiry import FINDINGS_BYTES, Answer, Inquiry
 from proxyd.master.roster import Roster
-from proxyd.master.slots import BOOT_TIMEOUT_S
+from proxyd.master.slots import BOOT_TIMEOUT_S, Phase
 from proxyd.master.spec import MasterSpec, Refused, Renewal
+from proxyd.shm.beats import Beat, State
 from proxyd.shm.notice import Notices
 
+SETTLE_S = 1.0  # workers look for orders each 0.1 s; one whose loop is held does not hold up the result
 FINDINGS_MAX = 20
 LINE_MAX = 300
 CHECK_FAILED = 1  # the exit code of a check that found errors; any other says that it did not get so far
@@ -50,13 +53,15 @@ class Step(Enum):
     CHECKING = "checking"
     PLANNING = "planning"
     STARTING = "starting"
+    SETTLING = "settling"
 
 
 _EDGES: dict[Step, frozenset[Step]] = {
     Step.IDLE: frozenset({Step.CHECKING, Step.PLANNING}),
     Step.CHECKING: frozenset({Step.IDLE, Step.STARTING}),
     Step.PLANNING: frozenset({Step.IDLE, Step.STARTING}),
-    Step.STARTING: frozenset({Step.IDLE}),
+    Step.STARTING: frozenset({Step.SETTLING, Step.IDLE}),
+    Step.SETTLING: frozenset({Step.IDLE}),
 }
 
 
@@ -85,6 +90,7 @@ class Renewer:
         self._began_at = 0.0
         self._inquiry: Inquiry | None = None
         self._new: Generation | None = None
+        self._old: Generation | None = None
         self._deadline = 0.0
         self._findings: list[str] = []
         self.last: dict[str, Any] | None = None
@@ -103,7 +109,7 @@ class Renewer:
             return self._inquiry.deadline
         if self._step is Step.PLANNING:
             return time.monotonic()
-        return self._deadline if self._step is Step.STARTING else None
+        return self._deadline if self._step in (Step.STARTING, Step.SETTLING) else None
 
     # --- the wish ------------------------------------------------------------------------------------------------
 
@@ -149,6 +155,8 @@ class Renewer:
         elif self._step is Step.PLANNING:
             self._start()
         elif self._step is Step.STARTING:
+            self._maybe_promote(now)
+        elif self._step is Step.SETTLING:
             self._maybe_finish(now)
 
     def cancel(self) -> None:
@@ -159,7 +167,7 @@ class Renewer:
         self.is_wanted = False
         if not self.is_idle:
             self._move(Step.IDLE)
-            self._new = None
+            self._new = self._old = None
             self._note(ok=False, detail="the daemon was stopped meanwhile")
 
     def _begin(self, kind: Kind, make_check: Callable[[], Callable[[], int]]) -> None:
@@ -222,19 +230,22 @@ class Renewer:
         self._move(Step.STARTING)
         self.publish()
 
-    def _maybe_finish(self, now: float) -> None:
+    def _maybe_promote(self, now: float) -> None:
         new = self._new
         assert new is not None
         failed = new.find_failed()
         if failed is None and not new.is_ready and now < self._deadline:
             return
-        self._new = None
         if failed is None and new.is_ready:
-            old = self._roster.serving
+            self._old = old = self._roster.serving
             self._on_promoted(new.spec.listeners, old.spec.listeners)
             self._roster.promote(new, now)
-            self._succeed(new, old)
+            self._crew.log = new.spec.log
+            self._deadline = now + SETTLE_S
+            self._move(Step.SETTLING)
+            self.publish()
             return
+        self._new = None
         self._roster.discard(new, now)
         if failed is not None:
             why = f"{failed.spec.name} of generation {new.number} did not start: {failed.end}"
@@ -243,8 +254,14 @@ class Renewer:
             why = f"{', '.join(late)} of generation {new.number} not ready within {BOOT_TIMEOUT_S:g} s"
         self._fail(f"{why}; the workers before it go on serving; the log has its reason (cannot_boot, child_died)")
 
-    def _succeed(self, new: Generation, old: Generation) -> None:
-        self._crew.log = new.spec.log
+    def _maybe_finish(self, now: float) -> None:
+        new, old = self._new, self._old
+        assert new is not None
+        assert old is not None
+        seats = [slot.seat for slot in old.slots if slot.phase is not Phase.GONE]
+        if now < self._deadline and any(Beat(self._spec.region, seat).state is State.READY for seat in seats):
+            return
+        self._new = self._old = None
         fields: dict[str, Any] = {"number": self.begun, "generation": new.number, "workers": len(new.slots)}
         fields["took_s"] = round(time.monotonic() - self._began_at, 3)
         if self.kind is Kind.RELOAD:

@@ -48,7 +48,6 @@ def build_status(
         "generations": generations(region, seats, notice, monotonic_s),
         "last_reload": last_reload(notice),
         "renewal": (notice or {}).get("renewal"),
-        "renewal": (notice or {}).get("renewal"),
         "alerts": _alerts(snapshot),
         "requests": {
             "answered": snapshot.total("proxyd_requests_total"),
