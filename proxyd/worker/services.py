@@ -17,9 +17,15 @@ Everything is made after the fork: it belongs to one loop and one process.
 
 from __future__ import annotations
 
+# Named here because others import them at their first use: each worker would pay for it with its first request, and by
+# then pip may have replaced the files with those of another version.
+import encodings.ascii
+import encodings.idna  # noqa: F401
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+
+import cryptography.hazmat.backends.openssl.backend  # noqa: F401
 
 from proxyd.access.admission import Admission
 from proxyd.access.revocations import RevocationsFull
