@@ -82,7 +82,7 @@ static void count_ready(Conn *conn) {
 static void fail(Conn *conn, int kind, const char *detail) {
     failures[conn->is_stream][kind]++;
     if (kind == STATUS && conn->status >= 0 && conn->status < 600) statuses[conn->is_stream][conn->status]++;
-    if (lines++ < LINES_MAX)
+    if (lines++ < 10 * LINES_MAX)
         printf("fail %s %s %d %llu %llu %u %llu %.200s\n", kind_names[kind], conn->is_stream ? "stream" : "request", conn->port,
                (unsigned long long)conn->asked, (unsigned long long)now_ns(), conn->uses, (unsigned long long)conn->got, detail);
     count_ready(conn);
@@ -190,7 +190,7 @@ static void finish(Conn *conn) {
         record(&took, now - conn->asked);
         if (now - conn->asked > slow_ns) {
             slow++;
-            if (lines++ < LINES_MAX)
+            if (slow < LINES_MAX)
                 printf("slow %d %llu %llu %llu %llu %u\n", conn->port, (unsigned long long)conn->asked,
                        (unsigned long long)conn->connected_at, (unsigned long long)conn->first_at, (unsigned long long)now,
                        conn->uses);

@@ -2,8 +2,9 @@
 
 Owns: a NOTIFY_SOCKET, the descriptors that came with FDSTORE=1, one main process at a time. As systemd does it (252):
 a message counts only if the main process sent it (NotifyAccess=main); a name may hold many descriptors; one whose file
-has hung up or failed is dropped from the store; a successor gets them as 3, 4, ... with LISTEN_FDS, LISTEN_FDNAMES and
-LISTEN_PID. Must not know what the descriptors are. `load_rounds` puts a load beside it and counts.
+has hung up or failed is dropped from the store, unless it came with FDPOLL=0; a successor gets them as 3, 4, ... with
+LISTEN_FDS, LISTEN_FDNAMES and LISTEN_PID. Must not know what the descriptors are. `load_rounds` puts a load beside it
+and counts.
 `python -m tests.daemon.fake_manager --restarts 5 --rate 1000`
 """
 
@@ -48,6 +49,7 @@ class Manager:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._lock = threading.Lock()
         self.store: list[tuple[str, int]] = []
+        self._unwatched: set[int] = set()
         self.messages: list[str] = []
         self.strangers = 0  # messages that the main process did not send
         self.given: list[str] = []  # the names that the last one was started with
@@ -111,7 +113,9 @@ class Manager:
                     os.close(kept[1])
             for fd in fds:
                 if lines.get("FDSTORE") == "1" and len(self.store) < STORE_MAX and not self._has(fd):
-                    self.store.append((name, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH_FD)))
+                    kept_fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH_FD)
+                    self.store.append((name, kept_fd))
+                    (self._unwatched.discard if lines.get("FDPOLL") != "0" else self._unwatched.add)(kept_fd)
                 os.close(fd)
 
     def _has(self, fd: int) -> bool:
@@ -122,7 +126,8 @@ class Manager:
     def _drop_dead(self) -> None:
         poll = select.poll()
         for _, fd in self.store:
-            poll.register(fd, 0)
+            if fd not in self._unwatched:
+                poll.register(fd, 0)
         dead = {fd for fd, what in poll.poll(0) if what & (select.POLLHUP | select.POLLERR)}
         for kept in [one for one in self.store if one[1] in dead]:
             self.store.remove(kept)
