@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from proxyd.config.conditions import LATENCIES, QUANTITIES
 from proxyd.shm.metrics import Metrics, read
 from proxyd.shm.region import Region
 from proxyd.web.exposition import FAMILIES, render
@@ -128,6 +129,15 @@ def test_the_board_has_a_panel_for_every_metric_and_the_rules_have_the_founding_
     assert "proxyd_queue_depth) > 800" in founding["ProxydQueueDepth"]
     assert founding["ProxydLatencyP99"].endswith("> 0.2")
     assert founding["ProxydBackpressure"].endswith("* 60 > 100")
+
+
+def test_the_docs_tell_every_alert_and_quantity() -> None:
+    page = (ROOT / "docs/monitoring.md").read_text()
+    cells = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    told = [word for cell in cells for word in re.findall(r"`(\w+)`", cell)]
+    assert sorted(word for word in told if word.startswith("Proxyd")) == sorted(rule["name"] for rule in rules())
+    quantities = {word for word in told if not word.startswith("Proxyd")}
+    assert quantities == set(QUANTITIES) | {f"p99_{name}" for name in LATENCIES}
 
 
 # --- Prometheus ------------------------------------------------------------------------------------------------------
