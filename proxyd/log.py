@@ -107,7 +107,7 @@ class Sink:
             return
         except OSError as error:
             self.reason = error.strerror or str(error)
-            self.dropped_lines += sum(line != b"\n" for line in self._buffer)
+            self.dropped_lines += sum(piece.count(b"\n") for piece in self._buffer if piece != b"\n")
             self._buffer.clear()
             self._bytes = 0
             return
@@ -312,10 +312,10 @@ class Log:
     def _report_loss(self, sink: Sink, name: str, now: float) -> None:
         """Says how many lines a sink could not take: of the access log at once and then each minute, of both when it
         takes lines again. One that does not take them cannot tell of itself."""
-        lost, reason = sink.dropped_lines, sink.reason
-        if not lost:
+        lost, reason, told_s = sink.dropped_lines, sink.reason, sink.told_s
+        if not lost and (reason or told_s is None):
             return
-        if reason and (sink is self._events or (sink.told_s is not None and now - sink.told_s < LOSS_REPEAT_S)):
+        if reason and (sink is self._events or (told_s is not None and now - told_s < LOSS_REPEAT_S)):
             return
         sink.dropped_lines = 0
         sink.told_s = now if reason else None

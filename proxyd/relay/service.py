@@ -187,6 +187,7 @@ class Relay:
     def _serve(self, client: ClientConnection, request: Request, turn: Turn) -> None:
         route = Route(request.head.path)
         session: Session | None = None
+        model: ModelConfig | None = None
         ask = turn.ask
         try:
             session, cors = self.authorize(request)
@@ -217,7 +218,7 @@ class Relay:
             if is_pending and turn.may_wait_keys and self._waits.keys is not None:
                 self._serve_later(client, request, replace(turn, may_wait_keys=False), self._waits.keys)
                 return
-            self._refused(client, request, route, session, refusal)
+            self._refused(client, request, route, session, refusal, model.name if model is not None else "")
             return
         if ask.model is None:
             ask = replace(ask, model=model.name)
@@ -320,13 +321,14 @@ class Relay:
         )
 
     def _refused(
-        self, client: ClientConnection, request: Request, route: Route, session: Session | None, refusal: Refusal
-    ) -> None:
+        self, client: ClientConnection, request: Request, route: Route, session: Session | None, refusal: Refusal,
+        model: str = "",
+    ) -> None:  # fmt: skip
         client.refuse(refusal, self.cors(request.head.headers))
-        self._told(request, route, session, refusal.status, refusal.cause, refusal.detail)
+        self._told(request, route, session, refusal.status, refusal.cause, model=model, detail=refusal.detail)
 
     def _told(
-        self, request: Request, route: Route, session: Session | None, status: int, cause: str, detail: str = ""
+        self, request: Request, route: Route, session: Session | None, status: int, cause: str, **more: str
     ) -> None:
         """Metric and access line of a request that was never admitted."""
         self._instruments.request(route.value, status)
@@ -342,8 +344,7 @@ class Relay:
         if session is not None:
             fields["user"] = session.user_id
             fields["tenant"] = session.tenant
-        if detail:
-            fields["detail"] = detail
+        fields.update((name, text) for name, text in more.items() if text)
         self.log.access(fields)
 
     # -- what calls and streams use ------------------------------------------------------------------------------
