@@ -76,16 +76,18 @@ class _Stop:
     """The wish that the process ends, and until when (monotonic) it may take; the nearest deadline wins. `event` is
     also set by the order to retire, without a deadline of its own here."""
 
-    __slots__ = ("_clock", "deadline", "event")
+    __slots__ = ("_clock", "deadline", "event", "on_ask")
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self.on_ask: Callable[[], None] = lambda: None
         self.event = asyncio.Event()
         self.deadline = math.inf
 
     def ask(self, timeout_s: float) -> None:
         self.deadline = min(self.deadline, self._clock.monotonic() + timeout_s)
         self.event.set()
+        self.on_ask()
 
     @property
     def is_asked(self) -> bool:
@@ -172,6 +174,14 @@ def run_telemetry(
     log = log.child("telemetry")
 
     async def life(context: Context, pulse: Pulse, stop: _Stop) -> int:
+        beat = Beat(region, birth.seat)
+
+        def leave() -> None:
+            # Nobody shall wait for an answer of one that ends: on a reload its successor comes only after it.
+            if beat.state is State.READY:
+                beat.enter(State.DRAINING)
+
+        stop.on_ask = leave
         _enter(context, State.READY)
         await serve(context, stop.event)
         return 0
