@@ -79,6 +79,13 @@ class Table:
     @property
     def max_tenants(self) -> int: ...
     @property
+    def slots(self) -> int: ...
+    @property
+    def permits(self) -> int: ...
+    @staticmethod
+    def geometry() -> dict[str, int]:
+        """What two programs must agree on beside the counts."""
+    @property
     def users(self) -> int:
         """Rows that are taken: one a user, and at most one a worker that lost a race or died in one."""
     @property
@@ -87,7 +94,8 @@ class Table:
     def overflow(self) -> int: ...
     def count_overflow(self) -> None: ...
     def find(self, user_id: int, slot: int = -1) -> Account | None:
-        """The user's row if it is there; it can `add` when its slot is named."""
+        """The user's row if it is there; it can `add` when its slot is named; the
+        slot's words are then within every sum."""
     def reclaim(self, slot: int) -> int: ...
     def totals(self) -> tuple[int, int, int]:
         """(held, running, permits)."""

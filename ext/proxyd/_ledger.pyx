@@ -5,15 +5,21 @@ Owns the layout, and who may write which word in what order (a tenant's row: _li
 the store or what a token is; no clock but for `Account.add`. It is long because a row's words, their one writer and the
 order of their stores are to be read in one place.
 
-    | rows taken | overflow |                                                                        a page
+    | rows taken | overflow | planes in use | ... at byte 2048 what shm/ledger.py writes there       a page
     | index of users      row + 1, open addressing, linear probing                                   a word each
     | keys of tenants     open addressing, over the rows themselves; behind them the shared rows'    a word each
-    | rows of users       head: 32 words | slot 0: held running settled settled_at | slot 1 | ...    taken in order
+    | rows of users       32 words                                                                   taken in order
     | rows of tenants     _limits.pyx; SHARED_TENANTS more, the last, for all that found no room, by their keys
+    | plane 0             held running settled settled_at of row 0, of row 1, ...                    the last slot's
+    | plane 1 ...         the same                                                                   slot 0's, slot 1's ...
+
+A plane that nobody used touches no page, and sums walk the planes in use: those up to the highest whose slot ever had a
+process. The last slot's, telemetry's, comes first, so that a node of four workers with a hundred free slots has five.
 
 | word | who writes it | how |
 |---|---|---|
 | rows taken, overflow | all | atomic add |
+| planes in use | all | CAS, it only grows: before the first store to a plane |
 | index word, tenant key | all | CAS from 0, once and for ever |
 | user_id of a row | who took the row | store, before the CAS that publishes it |
 | held, running, settled, settled_at | the slot's process; the master zeroes the first two once it is reaped | store |
@@ -30,7 +36,7 @@ against a buffer that stays exported. Words are 64-bit; sums are signed, for a b
 
 from collections import namedtuple
 
-from proxyd._limits import PERMITS_MAX
+from proxyd._limits import PERMITS_MAX, TICK_MS
 
 from libc.stdint cimport int64_t, uint64_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
@@ -48,6 +54,8 @@ cdef enum:
     SHARED_TENANTS = 64
     HEAD_TAKEN = 0
     HEAD_OVERFLOW = LINE
+    HEAD_PLANES = 2 * LINE
+    SLOTS_MAX = 8_190  # a permit's mark has 13 bits for its slot
     PROBES = 512  # the index is at most half full: a walk of more than a hundred is a bug, and may not be endless
 
     USER_ID = 0
@@ -87,9 +95,6 @@ cdef Py_ssize_t _index_words(Py_ssize_t users) noexcept:
 cdef inline Py_ssize_t _up(Py_ssize_t words, Py_ssize_t unit) noexcept:
     return (words + unit - 1) & ~(unit - 1)
 
-cdef inline Py_ssize_t _user_words(Py_ssize_t slots) noexcept:
-    return _up(USER_HEAD + slots * SLOT_WORDS, LINE)
-
 cdef inline uint64_t _mix(uint64_t x) noexcept nogil:
     """splitmix64's end: neighbours among user ids land far apart."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull
@@ -105,9 +110,10 @@ cdef class Table(Cells):
     cdef uint64_t *keys
     cdef uint64_t *user_rows
     cdef uint64_t *tenant_rows
+    cdef uint64_t *planes
     cdef bint is_shared
-    cdef readonly Py_ssize_t max_users, max_tenants
-    cdef Py_ssize_t slots, permits, index_words, probes, user_words, tenant_words
+    cdef readonly Py_ssize_t max_users, max_tenants, slots, permits
+    cdef Py_ssize_t index_words, probes, tenant_words, plane_words
 
     def __cinit__(self, object buffer, Py_ssize_t slots, Py_ssize_t users, Py_ssize_t tenants, Py_ssize_t permits,
                   bint is_shared=True):
@@ -117,17 +123,18 @@ cdef class Table(Cells):
         self.slots, self.max_users, self.max_tenants, self.permits = slots, users, tenants, permits
         self.index_words = _index_words(users)
         self.probes = min(self.index_words, <Py_ssize_t> PROBES)
-        self.user_words = _user_words(slots)
+        self.plane_words = _up(users * SLOT_WORDS, PAGE)
         self.tenant_words = tenant_words(permits)
         self.index = self.p + PAGE
         self.keys = self.index + _up(self.index_words, PAGE)
         self.user_rows = self.keys + _up(tenants + SHARED_TENANTS, PAGE)
-        self.tenant_rows = self.user_rows + _up(users * self.user_words, PAGE)
+        self.tenant_rows = self.user_rows + _up(users * USER_HEAD, PAGE)
+        self.planes = self.tenant_rows + _up((tenants + SHARED_TENANTS) * self.tenant_words, PAGE)
 
     @staticmethod
     def measure(Py_ssize_t slots, Py_ssize_t users, Py_ssize_t tenants, Py_ssize_t permits):
         for name, n, least, most in (
-            ("slots", slots, 1, 4096),
+            ("slots", slots, 1, SLOTS_MAX),
             ("users", users, 1, 1 << 24),
             ("tenants", tenants, 1, 1 << 16),
             ("permits", permits, 0, PERMITS_MAX),
@@ -138,12 +145,42 @@ cdef class Table(Cells):
             PAGE
             + _up(_index_words(users), PAGE)
             + _up(tenants + SHARED_TENANTS, PAGE)
-            + _up(users * _user_words(slots), PAGE)
+            + _up(users * USER_HEAD, PAGE)
             + _up((tenants + SHARED_TENANTS) * tenant_words(permits), PAGE)
+            + slots * _up(users * SLOT_WORDS, PAGE)
         )
 
+    @staticmethod
+    def geometry():
+        return {
+            "user words": USER_HEAD,
+            "slot words": SLOT_WORDS,
+            "tokens": TOKEN_ENTRIES,
+            "first seen": SEEN_ENTRIES,
+            "shared tenants": SHARED_TENANTS,
+            "tenant words": tenant_words(0),
+            "tick ms": TICK_MS,
+        }
+
     cdef inline uint64_t* user_row(self, Py_ssize_t row) noexcept nogil:
-        return self.user_rows + row * self.user_words
+        return self.user_rows + row * USER_HEAD
+
+    cdef inline uint64_t* cells(self, Py_ssize_t plane, Py_ssize_t row) noexcept nogil:
+        """Plane's words of a row. A slot's plane: (slot + 1) % slots."""
+        return self.planes + plane * self.plane_words + row * SLOT_WORDS
+
+    cdef inline Py_ssize_t used(self) noexcept nogil:
+        """Planes that sums walk: read anew for each sum, for a note of another process's may be of a newer one."""
+        cdef uint64_t n = px_word_load(self.p + HEAD_PLANES)
+        return self.slots if n > <uint64_t> self.slots else <Py_ssize_t> n
+
+    cdef Py_ssize_t use(self, Py_ssize_t slot) noexcept nogil:
+        """The slot's plane, from now on within every sum."""
+        cdef Py_ssize_t plane = (slot + 1) % self.slots
+        cdef uint64_t n = px_word_load(self.p + HEAD_PLANES)
+        while n <= <uint64_t> plane and not px_word_cas(self.p + HEAD_PLANES, n, <uint64_t> plane + 1):
+            n = px_word_load(self.p + HEAD_PLANES)  # it only grows: at most `slots` times
+        return plane
 
     cdef inline uint64_t* tenant_row(self, Py_ssize_t row) noexcept nogil:
         return self.tenant_rows + row * self.tenant_words
@@ -195,8 +232,10 @@ cdef class Table(Cells):
         cdef uint64_t *cells
         if slot < 0 or slot >= self.slots:
             raise IndexError("ledger: no such slot")
-        for i in range(self.taken()):
-            cells = self.user_row(i) + USER_HEAD + slot * SLOT_WORDS
+        cdef Py_ssize_t plane = (slot + 1) % self.slots
+        # Of a slot that nobody used not even a page is read: that would make it.
+        for i in range(self.taken() if plane < self.used() else 0):
+            cells = self.cells(plane, i)
             if px_cell_get(cells + HELD):
                 px_word_store(cells + HELD, 0)
             if px_cell_get(cells + RUNNING):
@@ -209,12 +248,11 @@ cdef class Table(Cells):
     def totals(self):
         cdef Py_ssize_t i, k, permits = 0
         cdef int64_t held = 0, running = 0
-        cdef uint64_t *row
-        for i in range(self.taken()):
-            row = self.user_row(i) + USER_HEAD
-            for k in range(self.slots):
-                held += signed_word(row + k * SLOT_WORDS + HELD)
-                running += signed_word(row + k * SLOT_WORDS + RUNNING)
+        cdef Py_ssize_t taken = self.taken()
+        for k in range(self.used()):
+            for i in range(taken):
+                held += signed_word(self.cells(k, i) + HELD)
+                running += signed_word(self.cells(k, i) + RUNNING)
         for i in range(self.max_tenants + SHARED_TENANTS):
             if self.is_in_use(i):
                 permits += count_permits(self.tenant_row(i), self.permits)
@@ -231,6 +269,7 @@ cdef class Writer:
     def __cinit__(self, Table table not None, Py_ssize_t slot, uint64_t epoch):
         if slot < 0 or slot >= table.slots:
             raise IndexError("ledger: no such slot")
+        table.use(slot)
         self.table = table
         self.slot = slot
         self.spare = -1
@@ -302,7 +341,7 @@ cdef Account _account(Table table, Py_ssize_t row, Py_ssize_t slot):
     one.table = table
     one.number = row
     one.p = table.user_row(row)
-    one.mine = NULL if slot < 0 else one.p + USER_HEAD + slot * SLOT_WORDS
+    one.mine = NULL if slot < 0 else table.cells(table.use(slot), row)
     return one
 
 
@@ -318,9 +357,8 @@ cdef class Account:
     cdef int64_t _sum(self, Py_ssize_t word) noexcept nogil:
         cdef Py_ssize_t k
         cdef int64_t total = 0
-        cdef uint64_t *cells = self.p + USER_HEAD
-        for k in range(self.table.slots):
-            total += signed_word(cells + k * SLOT_WORDS + word)
+        for k in range(self.table.used()):
+            total += signed_word(self.table.cells(k, self.number) + word)
         return total
 
     @property
@@ -351,8 +389,8 @@ cdef class Account:
     def settled_at(self):
         cdef Py_ssize_t k
         cdef int64_t at, last = 0
-        for k in range(self.table.slots):
-            at = signed_word(self.p + USER_HEAD + k * SLOT_WORDS + SETTLED_AT)
+        for k in range(self.table.used()):
+            at = signed_word(self.table.cells(k, self.number) + SETTLED_AT)
             if at > last:
                 last = at
         return last
@@ -360,12 +398,12 @@ cdef class Account:
     def sums(self):
         cdef Py_ssize_t k
         cdef int64_t held = 0, running = 0, settled = 0
-        cdef uint64_t *cells = self.p + USER_HEAD
-        for k in range(self.table.slots):
+        cdef uint64_t *cells
+        for k in range(self.table.used()):
+            cells = self.table.cells(k, self.number)
             held += signed_word(cells + HELD)
             running += signed_word(cells + RUNNING)
             settled += signed_word(cells + SETTLED)
-            cells += SLOT_WORDS
         return Sums(held, running, settled)
 
     def add(self, int64_t held=0, int64_t running=0, int64_t settled=0, int64_t at_ms=0):

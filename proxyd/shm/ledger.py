@@ -6,9 +6,13 @@ the store: they are arguments, or numbers that others put here (ext _ledger, _li
     master: Ledger.create(slots) ... fork ... reclaim(slot) when a worker is reaped, before its successor is forked
     worker: ledger.at(slot, epoch) after the fork -> account(user_id), tenant(name)
     telemetry: ledger.find(user_id, slot), with a slot behind the workers', which nobody reclaims
+    the image after execve: Ledger.adopt(fd)
+
+A slot here is a seat: each generation's workers have their own (shm/region.py).
 
 Invariants: nothing here waits for another process, whatever state it died in. Rows are never freed: the memory that is
-in use grows with the users and tenants that were seen since the node started, not with the mapping.
+in use grows with the users and tenants that were seen since the node started, and with the slots that ever had a
+process, not with the mapping. It has no name and dies with its last process (shm/memory.py).
 Bounds: `users` rows; one user more has a row in a table of this process alone, which telemetry does not see and which
 starts anew when it is full, too. `tenants` rows; all tenants beyond share 64, limits included, by their names' hash.
 """
@@ -17,24 +21,32 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import struct
 from typing import NamedTuple
 
 from proxyd._ledger import Account, Standing, Sums, Table, Writer
 from proxyd._limits import PERMITS_MAX, Tenant, Window
+from proxyd.shm.memory import Memory
 
 __all__ = ["Account", "Ledger", "SlotLedger", "Standing", "Sums", "Tenant", "Totals", "Window"]
 
 USERS = 1_048_576
 TENANTS = 32_768
-# Half of the address space that the ledger may take, for each of its two parts. Untouched pages cost nothing, so
-# this bounds what `ps` shows, not memory; 8 slots still have all rows, 4,096 slots have 4,000 users'.
-_PART_BYTES = 512 << 20
+# Address space that each of the two parts may take. Untouched pages cost nothing, so this bounds what `ps` shows, not
+# memory. All users have rows with up to 247 slots (30 workers); 4,098 slots (512 workers) have 65,000 users'.
+_USERS_BYTES = 8 << 30
+_TENANTS_BYTES = 512 << 20
 _TENANTS_LEAST = 256
 _TENANTS_SHARED = 64  # rows behind them, for those that found none
 _PERMITS_LEAST = 1_024  # a reload may bring a limit where there was none
 _PRIVATE_USERS = 65_536  # 20 MB of this process's own when full
 _NAMES = 8_192  # tenants that a process knows by name; looked up anew beyond, for 2 us
 _MAP_NORESERVE = 0x4000  # Linux; the mmap module names it from 3.13 on
+
+MAGIC = 0x70726F7879640001
+VERSION = 2  # of what Table.geometry does not say: the meaning of words. Another: a program refuses the memory
+_HEADER = struct.Struct("=QIIIII7I")
+_HEADER_AT = 2048  # of the first page; the table uses its first words
 
 
 class Totals(NamedTuple):
@@ -51,22 +63,47 @@ class Totals(NamedTuple):
 class Ledger:
     """The mapping, as the master makes it and every process of the node has it."""
 
-    __slots__ = ("_table",)
+    __slots__ = ("_memory", "_table")
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, memory: Memory) -> None:
         self._table = table
+        self._memory = memory
 
     @classmethod
     def create(cls, slots: int, *, permits: int = 0, users: int = USERS, tenants: int = TENANTS) -> Ledger:
         """`slots`: processes that spend; `permits`: the largest concurrent_streams of any tenant. Fewer rows than asked
         for when rows are very large. Errors: ValueError for counts out of range, OSError when there is no memory."""
         permits = min(max(permits, _PERMITS_LEAST), PERMITS_MAX)
-        users = max(1, min(users, _PART_BYTES // (256 + 32 * slots)))
-        most = _PART_BYTES // (4_224 + 8 * permits) - _TENANTS_SHARED
+        users = max(1, min(users, _USERS_BYTES // (256 + 32 * slots)))
+        most = _TENANTS_BYTES // (4_224 + 8 * permits) - _TENANTS_SHARED
         tenants = max(min(tenants, _TENANTS_LEAST), min(tenants, most))
-        size = Table.measure(slots, users, tenants, permits)
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-        return cls(Table(memory, slots, users, tenants, permits))
+        memory = Memory.create("proxyd-ledger", Table.measure(slots, users, tenants, permits))
+        table = Table(memory.map, slots, users, tenants, permits)
+        _HEADER.pack_into(
+            memory.map, _HEADER_AT, MAGIC, VERSION, slots, users, tenants, permits, *Table.geometry().values()
+        )
+        return cls(table, memory)
+
+    @classmethod
+    def adopt(cls, fd: int) -> Ledger:
+        """The ledger that an earlier image of this process made; owns `fd` from then on. Raises ValueError, with what
+        differs, when its layout is another; `fd` is then still the caller's."""
+        memory = Memory.adopt(fd)
+        try:
+            return cls(Table(memory.map, *_check(memory.map)), memory)
+        except ValueError:
+            memory.disown()
+            raise
+
+    @property
+    def fd(self) -> int:
+        """For `adopt` in the image after execve, once it is inheritable. Stays this object's."""
+        return self._memory.fd
+
+    @property
+    def permits(self) -> int:
+        """How many a tenant's row has: no limit of concurrent streams can be told apart from this one beyond."""
+        return self._table.permits
 
     def at(self, slot: int, epoch: int) -> SlotLedger:
         """What the worker of `slot` writes through. Call it in that worker, once: it keeps state of its own."""
@@ -129,6 +166,27 @@ class SlotLedger:
         if self._private.taken > before:
             self._table.count_overflow()
         return account
+
+
+def _check(memory: mmap.mmap) -> tuple[int, int, int, int]:
+    """Slots, users, tenants and permits of a mapping with this layout. Raises ValueError."""
+    if len(memory) < _HEADER_AT + _HEADER.size:
+        raise ValueError(f"the ledger: {len(memory)} bytes hold no header of proxyd's; restart the service instead")
+    magic, version, slots, users, tenants, permits, *numbers = _HEADER.unpack_from(memory, _HEADER_AT)
+    if magic != MAGIC:
+        raise ValueError("the ledger: the header is not proxyd's; restart the service instead")
+    differences = [] if version == VERSION else [f"version {version}, this program's is {VERSION}"]
+    if version == VERSION:
+        differences += [
+            f"{name} {there}, this program's are {here}"
+            for (name, here), there in zip(Table.geometry().items(), numbers, strict=True)
+            if there != here
+        ]
+        if not differences and len(memory) != Table.measure(slots, users, tenants, permits):
+            differences.append(f"{len(memory)} bytes for {slots} slots and {users} users")
+    if differences:
+        raise ValueError(f"the ledger has another layout ({'; '.join(differences)}); restart the service instead")
+    return slots, users, tenants, permits
 
 
 def _private_writer() -> Writer:

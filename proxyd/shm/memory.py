@@ -27,7 +27,18 @@ class Memory:
     def __init__(self, fd: int) -> None:
         """Maps what `fd` holds and owns `fd` from then on. Raises OSError or ValueError; `fd` is the caller's then."""
         self.map = mmap.mmap(fd, 0, flags=mmap.MAP_SHARED)
+        self.map.madvise(mmap.MADV_DONTDUMP)  # a stuck worker's core would be gigabytes of mostly nothing
         self.fd = fd
+
+    @classmethod
+    def adopt(cls, fd: int) -> Memory:
+        """What an earlier image of this process made. Raises ValueError for a descriptor without memory."""
+        try:
+            memory = cls(fd)
+            os.set_inheritable(fd, False)
+        except OSError as error:
+            raise ValueError(f"descriptor {fd} is no shared memory: {error.strerror}") from error
+        return memory
 
     @classmethod
     def create(cls, name: str, size: int) -> Memory:

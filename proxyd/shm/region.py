@@ -28,6 +28,7 @@ from proxyd.shm.memory import Memory
 MAGIC = 0x70726F7879640000  # "proxyd"
 VERSION = 2  # of what the numbers below do not say: the meaning of words. Another: a program refuses the memory
 HEADER_BYTES = 128
+SEATS_MAX = 8_190  # as in the ledger: 512 workers have 4,098
 BEAT_BYTES = 128  # two cache lines a seat: two workers' beats never share one
 NOTICE_MAX = 8192
 NOTICE_BYTES = 64 + 2 * (64 + NOTICE_MAX)
@@ -73,7 +74,7 @@ class Region:
     @classmethod
     def create(cls, slots: int, started_at: float = 0.0) -> Region:
         """A zeroed mapping with `slots` seats. `started_at` is the wall clock, for the uptime. Raises OSError."""
-        if not 1 <= slots <= 4096:
+        if not 1 <= slots <= SEATS_MAX:
             raise ValueError(f"slots out of range: {slots}")
         memory = Memory.create("proxyd-region", _size(slots))
         _HEADER.pack_into(memory.map, 0, MAGIC, VERSION, slots, started_at, *_GEOMETRY.values())
@@ -83,7 +84,7 @@ class Region:
     def adopt(cls, fd: int) -> Region:
         """The mapping that an earlier image of this process made; owns `fd` from then on. Raises ValueError, with what
         differs, when its layout is another; `fd` is then still the caller's."""
-        memory = Memory(fd)
+        memory = Memory.adopt(fd)
         try:
             slots, started_at = _check(memory.map)
         except ValueError:
@@ -144,7 +145,7 @@ def _check(memory: mmap.mmap) -> tuple[int, float]:
             for (name, here), there in zip(_GEOMETRY.items(), numbers, strict=True)
             if there != here
         ]
-        if not differences and not (1 <= slots <= 4096 and len(memory) == _size(slots)):
+        if not differences and not (1 <= slots <= SEATS_MAX and len(memory) == _size(slots)):
             differences.append(f"{len(memory)} bytes for {slots} seats")
     if differences:
         raise ValueError(f"shared memory has another layout ({'; '.join(differences)}); restart the service instead")

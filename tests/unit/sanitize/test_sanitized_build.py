@@ -21,6 +21,7 @@ RUNS = (
     "tests/unit/wire/test_scan.py",
     "tests/unit/shm/test_ledger.py",
     "tests/unit/shm/test_ledger_machine.py",
+    "tests/unit/shm/test_ledger_seats.py",
     "tests/unit/shm/test_ledger_windows.py",
     "tests/unit/dialects/test_vocabulary.py",
 )

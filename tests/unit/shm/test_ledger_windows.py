@@ -204,7 +204,7 @@ def test_a_tick_closed_by_one_who_died_then_is_left_for_the_next_with_its_count(
     table = Table(memory, 1, 1, 1, 0)
     subject = Writer(table, 0, 1).tenant(1).requests
     assert subject.try_add(4, 10, NOW)
-    ring = Words(memory, len(memory) - 68 * 4096 + 16 * 8, 256)  # of the last part, 68 pages, the first row
+    ring = Words(memory, len(memory) - 69 * 4096 + 16 * 8, 256)  # 68 pages before the plane's: the first row
     at = NOW // TICKS % 256
     assert ring.load(at) & 0xFF == 4
     ring.store(at, ring.load(at) | 1 << 39)
