@@ -29,7 +29,7 @@ from proxyd.shm.notice import Notices
 from proxyd.shm.region import REVOCATION_ENTRIES, Region
 from proxyd.shm.revocations import Kind, Revocation, RevocationFull
 from proxyd.store.revocations import RevocationFile
-from proxyd.web.exposition import CONTENT_TYPE, render
+from proxyd.web.exposition import CONTENT_TYPE, render_parts
 from proxyd.web.generations import last_reload
 from proxyd.web.status import build_status
 
@@ -170,8 +170,11 @@ async def _in_json(request: web.Request, handler: Handler) -> web.StreamResponse
 async def _metrics(request: web.Request) -> web.Response:
     context = request.app[_CONTEXT]
     snapshot = metrics.read(context.region, context.clock.monotonic())
-    text = render(snapshot, count_time_wait(), last_reload(Notices(context.region).get()))
-    return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
+    parts: list[bytes] = []
+    for part in render_parts(snapshot, count_time_wait(), last_reload(Notices(context.region).get())):
+        parts.append(part)
+        await asyncio.sleep(0)  # streams have their turn between two families
+    return web.Response(body=b"".join(parts), headers={"Content-Type": CONTENT_TYPE})
 
 
 async def _status(request: web.Request) -> web.Response:
