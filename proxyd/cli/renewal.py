@@ -52,7 +52,7 @@ class FileRenewal:
         lines = [finding.text() for finding in report.findings]
         if report.config is None:
             return False, lines
-        more = refusals(report.config, self._fixed, getattr(self._node.ledger, "permits", 65536))
+        more = refusals(report.config, self._fixed, self._node.ledger.permits)
         return not more, [*more, *lines]
 
     def plan(self, listeners: Listeners, log: Log) -> GenerationSpec:
@@ -65,7 +65,7 @@ class FileRenewal:
             raise Refused(
                 f"{self._path} has errors; nothing was changed", [finding.text() for finding in report.findings]
             )
-        more = refusals(config, self._fixed, getattr(self._node.ledger, "permits", 65536))
+        more = refusals(config, self._fixed, self._node.ledger.permits)
         if more:
             raise Refused(f"{self._path} has errors; nothing was changed", more)
         try:
