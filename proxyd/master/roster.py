@@ -24,6 +24,8 @@ from proxyd.master.spec import GenerationSpec, MasterSpec
 from proxyd.shm.beats import Beat
 
 KILL_AFTER_DRAIN_S = 5.0  # what a worker has to end its streams and settle after its own drain_timeout
+# And behind the deadline of a generation that retires: it ends the rest over 2 s, waits 2 s for who takes nothing, closes.
+KILL_AFTER_RETIRE_S = 10.0
 OTHERS_TIMEOUT_S = 10.0  # telemetry's last groups; what it does not store waits in the spool
 
 
@@ -120,7 +122,7 @@ class Roster:
         one.move(Stage.RETIRING, now)
         one.ends_at = now + one.spec.drain_timeout_s
         stay = [slot for slot in one.slots if slot.phase not in (Phase.STOPPING, Phase.GONE)]
-        self._crew.retire(stay, one.ends_at, KILL_AFTER_DRAIN_S)
+        self._crew.retire(stay, one.ends_at, KILL_AFTER_RETIRE_S)
 
     def _succeed(self, telemetry: Slot, spec: ChildSpec) -> None:
         if telemetry.child is None and telemetry.phase is not Phase.GONE:
