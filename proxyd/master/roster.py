@@ -24,7 +24,7 @@ from proxyd.master.spec import GenerationSpec, MasterSpec
 from proxyd.shm.beats import Beat
 
 KILL_AFTER_DRAIN_S = 5.0  # what a worker has to end its streams and settle after its own drain_timeout
-# And behind the deadline of a generation that retires: it ends the rest over 2 s, waits 2 s for who takes nothing, closes.
+# Behind the deadline of a generation that retires: it ends the rest over 2 s, waits 2 s for who takes nothing, closes.
 KILL_AFTER_RETIRE_S = 10.0
 OTHERS_TIMEOUT_S = 10.0  # telemetry's last groups; what it does not store waits in the spool
 
