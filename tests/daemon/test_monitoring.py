@@ -79,7 +79,8 @@ def run(daemon: Daemon, *words: str) -> subprocess.CompletedProcess[str]:
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     upstream = Upstream(stream_late)
     try:
-        with node(tmp_path_factory.mktemp("node"), upstream, server="workers = 2", monitoring=ALERTS) as found:
+        server = 'workers = 2\ndrain_timeout = "30s"'  # tests that close their clients wait for none of it
+        with node(tmp_path_factory.mktemp("node"), upstream, server=server, monitoring=ALERTS) as found:
             yield found
     finally:
         upstream.close()
@@ -327,6 +328,59 @@ def test_the_alert_is_over_ten_seconds_after_its_condition(daemon: Daemon) -> No
     assert line["lasted_s"] >= 10
     wait_for(lambda: daemon.metric("proxyd_alert_active") == 0)
     assert not any(one["active"] for one in status_of(daemon)["alerts"])
+
+
+# --- generations -----------------------------------------------------------------------------------------------------
+
+
+def asked(daemon: Daemon) -> int:
+    return int(status_of(daemon)["requests"]["answered"])
+
+
+def test_metrics_and_status_stay_right_while_generations_overlap_and_a_worker_dies(daemon: Daemon) -> None:
+    assert daemon.process is not None
+    replies = [ask(daemon, "hold") for _ in range(3)]
+    for reply in replies:
+        next(reply.pieces())
+    before, rows, restarts = asked(daemon), daemon.rows(), daemon.metric("proxyd_worker_restarts_total")
+    old = {worker["pid"] for worker in status_of(daemon)["workers"]}
+    daemon.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: status_of(daemon)["last_reload"], 20)
+    found = status_of(daemon)
+    assert (found["last_reload"]["ok"], found["last_reload"]["kind"]) == (True, "reload")
+    assert daemon.metric("proxyd_last_reload_successful", kind="reload") == 1
+
+    serving, draining = found["generations"]
+    assert (serving["state"], serving["workers"], serving["streams"]) == ("serving", 2, 0)
+    assert (draining["state"], draining["streams"]) == ("draining", 3)
+    assert 0 < draining["ends_in_s"] <= 30
+    shown = run(daemon, "status").stdout
+    assert re.search(rf"^generation {draining['generation']}: draining for \d+s, 3 streams, ", shown, re.MULTILINE)
+    assert "last reload: done at " in shown
+
+    # Any worker answers for both, and what either counts is the node's.
+    assert daemon.metric("proxyd_streams_active") == found["streams"]["active"] == 3
+    ask(daemon, "0.001").body()
+    wait_for(lambda: asked(daemon) == before + 1)
+    assert daemon.metric("proxyd_requests_total") >= before + 1
+
+    victim = next(one for one in found["workers"] if one["generation"] == serving["generation"])
+    os.kill(victim["pid"], signal.SIGKILL)
+    wait_for(lambda: daemon.metric("proxyd_worker_restarts_total") == restarts + 1, 20)
+    assert asked(daemon) >= before + 1
+    wait_for(lambda: [one["state"] for one in status_of(daemon)["workers"][:2]] == ["ready"] * 2, 20)
+    again = next(one for one in status_of(daemon)["workers"] if one["seat"] == victim["seat"])
+    assert (again["slot"], again["restarts"]) == (victim["slot"], 1)
+    assert again["pid"] != victim["pid"]
+
+    daemon.close_clients()  # the old generation has nothing left
+    wait_for(lambda: len(status_of(daemon)["generations"]) == 1, 20)
+    last = status_of(daemon)
+    assert not old & {worker["pid"] for worker in last["workers"]}
+    assert len(last["workers"]) == 2
+    assert (last["streams"]["active"], daemon.metric("proxyd_streams_active")) == (0, 0)
+    wait_for(lambda: asked(daemon) == before + 4)
+    wait_for(lambda: len(daemon.rows()) == len(rows) + 4, 20)
 
 
 # --- a restart -------------------------------------------------------------------------------------------------------
