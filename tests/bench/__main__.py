@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tests.bench import fairness, gaps, group_commit, lag, memory, outage, relay_cost, window_query
+from tests.bench import fairness, gaps, group_commit, lag, memory, metrics_cost, outage, relay_cost, window_query
 from tests.bench.tools import BenchError
 
 SHORT = {
     "relay_cost": ["--rounds", "3", "--window", "5"],
     "memory": ["--streams", "5000", "--hold", "6"],
+    "metrics_cost": ["--seconds", "5"],
     "gaps": ["--seconds", "5"],
     "fairness": ["--seconds", "6"],
     "group_commit": ["--seconds", "1", "--rounds", "1", "--rows", "60000", "--sync-us", "0,1000"],
@@ -21,6 +22,7 @@ SHORT = {
 FULL = {
     "relay_cost": ["--rounds", "5"],
     "memory": ["--hold", "30"],
+    "metrics_cost": [],
     "gaps": ["--seconds", "20"],
     "fairness": ["--seconds", "20"],
     "group_commit": ["--levers"],
@@ -31,6 +33,7 @@ FULL = {
 RUN = {
     "relay_cost": relay_cost.main,
     "memory": memory.main,
+    "metrics_cost": metrics_cost.main,
     "gaps": gaps.main,
     "fairness": fairness.main,
     "group_commit": group_commit.main,
