@@ -65,7 +65,6 @@ class AdminContext:
     """
 
     region: Region
-    workers: int
     clock: Clock
     log: Log
     percentiles: Sequence[float]

@@ -207,7 +207,6 @@ class WorkerServices:
         self._admin = AdminServer(
             AdminContext(
                 region=context.region,
-                workers=config.server.workers,
                 clock=clock,
                 log=log,
                 percentiles=config.monitoring.percentiles,

@@ -30,7 +30,6 @@ def asked(
 
     context = AdminContext(
         region=Region.create(3, 0.0),
-        workers=1,
         clock=FakeClock(wall=1000.0),
         log=Log(level="error", format="json", access="off", process="test"),
         percentiles=[0.5],
