@@ -14,8 +14,8 @@ A histogram block, in 64-bit words:
     | id   count sum_ns - | bucket 0 .. 529 |   x 8: the ring of ten-second windows, at id % 8
 """
 
-from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdint cimport int64_t, uint64_t
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport int32_t, int64_t, uint64_t
 
 HISTOGRAM_BUCKETS = PX_HIST_BUCKETS
 HISTOGRAM_HEAD = PX_HIST_HEAD
@@ -139,3 +139,88 @@ cdef class Words(Cells):
 def bucket_index(uint64_t ns):
     """The bucket a duration falls in (0 .. HISTOGRAM_BUCKETS - 1)."""
     return px_hist_index(ns)
+
+
+# --- sums over seats -------------------------------------------------------------------------------------------------
+
+def sum_series(object memory, Py_ssize_t offset, Py_ssize_t stride, object indexes, object sums, object tops):
+    """Adds the word at offset + i * stride to sums[indexes[i]], modulo 2^64, for each i, and keeps in tops[indexes[i]]
+    the largest, signed. A negative index is passed over. `indexes` are int32, `sums` and `tops` 64 bits each."""
+    cdef Py_buffer cells, index, total, top
+    cdef Py_ssize_t i, count, series
+    cdef int32_t k
+    cdef uint64_t value
+    PyObject_GetBuffer(memory, &cells, PyBUF_SIMPLE)
+    try:
+        PyObject_GetBuffer(indexes, &index, PyBUF_SIMPLE)
+        try:
+            PyObject_GetBuffer(sums, &total, PyBUF_WRITABLE)
+            try:
+                PyObject_GetBuffer(tops, &top, PyBUF_WRITABLE)
+                try:
+                    count = index.len // 4
+                    series = min(total.len, top.len) // 8
+                    if offset < 0 or offset % 8 or stride < 8 or stride % 8 or (<size_t> cells.buf) % 8:
+                        raise ValueError("series not aligned to 8 bytes")
+                    if count and (count - 1 > (cells.len - 8 - offset) // stride or offset > cells.len - 8):
+                        raise ValueError("series outside the buffer")
+                    for i in range(count):
+                        k = (<int32_t*> index.buf)[i]
+                        if k < 0:
+                            continue
+                        if k >= series:
+                            raise IndexError("series without a sum")
+                        value = px_cell_get(<uint64_t*> (<char*> cells.buf + offset + i * stride))
+                        (<uint64_t*> total.buf)[k] += value
+                        if <int64_t> value > (<int64_t*> top.buf)[k]:
+                            (<int64_t*> top.buf)[k] = <int64_t> value
+                finally:
+                    PyBuffer_Release(&top)
+            finally:
+                PyBuffer_Release(&total)
+        finally:
+            PyBuffer_Release(&index)
+    finally:
+        PyBuffer_Release(&cells)
+
+
+cdef void _merge(const uint64_t *block, uint64_t *into) noexcept nogil:
+    """Count, sum and buckets; a block has its id before and a spare word between."""
+    cdef Py_ssize_t i
+    into[0] += px_cell_get(block + 1)
+    into[1] += px_cell_get(block + 2)
+    for i in range(PX_HIST_BUCKETS):
+        into[2 + i] += px_cell_get(block + PX_HIST_HEAD + i)
+
+
+def merge_histogram(object memory, Py_ssize_t offset, uint64_t first, uint64_t last, object whole, object recent):
+    """Adds the block at `offset` to `whole`, and its windows with an id from first to last to `recent`: count, sum_ns
+    and buckets, 64 bits each."""
+    cdef Py_buffer cells, all_of_it, part
+    cdef Py_ssize_t lap
+    cdef const uint64_t *block
+    cdef uint64_t number
+    PyObject_GetBuffer(memory, &cells, PyBUF_SIMPLE)
+    try:
+        PyObject_GetBuffer(whole, &all_of_it, PyBUF_WRITABLE)
+        try:
+            PyObject_GetBuffer(recent, &part, PyBUF_WRITABLE)
+            try:
+                if offset < 0 or PX_HIST_WORDS > (cells.len - offset) // 8:
+                    raise ValueError("histogram outside the buffer")
+                if (<size_t> cells.buf + <size_t> offset) % 8:
+                    raise ValueError("histogram not aligned to 8 bytes")
+                if min(all_of_it.len, part.len) < 8 * (2 + PX_HIST_BUCKETS):
+                    raise ValueError("no room for a histogram's sum")
+                block = <uint64_t*> (<char*> cells.buf + offset)
+                _merge(block, <uint64_t*> all_of_it.buf)
+                for lap in range(1, 1 + PX_HIST_WINDOWS):
+                    number = px_word_load(block + lap * PX_HIST_STRIDE)
+                    if number and first <= number <= last:
+                        _merge(block + lap * PX_HIST_STRIDE, <uint64_t*> part.buf)
+            finally:
+                PyBuffer_Release(&part)
+        finally:
+            PyBuffer_Release(&all_of_it)
+    finally:
+        PyBuffer_Release(&cells)

@@ -18,18 +18,18 @@ from __future__ import annotations
 import math
 import operator
 import struct
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from proxyd._shm import (
     HISTOGRAM_BUCKETS,
-    HISTOGRAM_HEAD,
-    HISTOGRAM_STRIDE,
-    HISTOGRAM_WINDOWS,
     Counter,
     Gauge,
     Histogram,
     Words,
+    merge_histogram,
+    sum_series,
 )
 from proxyd.shm.region import (
     HISTOGRAM_BYTES,
@@ -49,6 +49,8 @@ OTHER = "other"
 
 COUNTER, GAUGE, HISTOGRAM = 1, 2, 3
 _ENTRY = struct.Struct("=HH")
+_EMPTY = bytes(8 * (2 + HISTOGRAM_BUCKETS))
+_NONE = -(1 << 63)  # less than any gauge
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -151,10 +153,10 @@ def _encode(name: str, labels: Labels) -> bytes:
     return "\0".join(parts).encode("utf-8", "replace")
 
 
-def _entries(region: Region, slot: int) -> Iterator[tuple[int, str, Labels, int]]:
-    """Kind, name, labels and the value's offset of every published series of a slot."""
+def _entries(region: Region, slot: int, first: int = 0) -> Iterator[tuple[int, str, Labels, int]]:
+    """Kind, name, labels and the value's offset of every published series of a slot, from the `first` on."""
     memory, offset = region.memory, region.slot_offset(slot)
-    for index in range(min(Words(memory, offset, 1).load(0), SERIES_MAX)):
+    for index in range(first, min(Words(memory, offset, 1).load(0), SERIES_MAX)):
         entry = offset + SLOT_HEAD_BYTES + index * SERIES_BYTES
         kind, length = _ENTRY.unpack_from(memory, entry + 8)
         parts = memory[entry + 16 : entry + 16 + length].decode("utf-8", "replace").split("\0")
@@ -227,32 +229,75 @@ class Snapshot:
 
 
 def read(region: Region, monotonic_s: float, slots: Iterable[int] | None = None) -> Snapshot:
-    """Sums `slots` (all by default). Cost: about 30 us per slot, and 200 us per histogram in use."""
-    snapshot = Snapshot()
-    now = window_id(monotonic_s)
-    for slot in range(region.slots) if slots is None else slots:
-        histograms = region.slot_offset(slot) + SLOT_HEAD_BYTES + SERIES_MAX * SERIES_BYTES
-        for kind, name, labels, entry in _entries(region, slot):
-            value = Words(region.memory, entry, 1).load(0)
-            if kind == HISTOGRAM:
-                _read_histogram(region, histograms + value * HISTOGRAM_BYTES, name, now, snapshot)
+    """Sums seats (all by default). Cost: 0.4 ms for 128 seats of which 16 have 300 series and 8 histograms each; 10 ms
+    the first time in a process, for the names."""
+    reader = region.kept
+    if not isinstance(reader, _Reader):
+        reader = region.kept = _Reader(region)
+    return reader.read(window_id(monotonic_s), range(region.slots) if slots is None else slots)
+
+
+class _Reader:
+    """What one process knows of the names in a region: entries are only ever appended, so each is parsed once.
+
+    `_series` are all (kind, name, labels) that any seat has; a seat's entry i is number _indexes[seat][i] of them, or
+    -1, a histogram, whose name and block are in _histograms[seat]. Bound: what the region holds.
+    """
+
+    __slots__ = ("_histograms", "_indexes", "_numbers", "_region", "_series")
+
+    def __init__(self, region: Region) -> None:
+        self._region = region
+        self._series: list[tuple[int, str, Labels]] = []
+        self._numbers: dict[tuple[int, str, Labels], int] = {}
+        self._indexes: dict[int, array[int]] = {}
+        self._histograms: dict[int, list[tuple[str, int]]] = {}
+
+    def read(self, now: int, seats: Iterable[int]) -> Snapshot:
+        seats = [seat for seat in seats if self._learn(seat)]
+        memory = self._region.memory
+        sums = array("Q", bytes(8 * len(self._series)))
+        tops = array("q", [_NONE]) * len(self._series)
+        merged: dict[str, tuple[array[int], array[int]]] = {}
+        for seat in seats:
+            offset = self._region.slot_offset(seat) + SLOT_HEAD_BYTES
+            sum_series(memory, offset, SERIES_BYTES, self._indexes[seat], sums, tops)
+            for name, block in self._histograms[seat]:
+                whole, recent = merged.get(name) or merged.setdefault(name, (array("Q", _EMPTY), array("Q", _EMPTY)))
+                merge_histogram(memory, offset + block, max(0, now - LAST_MINUTE_WINDOWS), now, whole, recent)
+        snapshot = Snapshot()
+        for (kind, name, labels), total, top in zip(self._series, sums, tops, strict=True):
+            if top == _NONE:  # in none of these seats
                 continue
-            if kind == GAUGE:
-                value -= (value >> 63) << 64
-                tops = snapshot.highest.setdefault(name, {})
-                tops[labels] = max(tops.get(labels, value), value)
-            family = (snapshot.counters if kind == COUNTER else snapshot.gauges).setdefault(name, {})
-            family[labels] = family.get(labels, 0) + value
-    return snapshot
+            if kind == COUNTER:
+                snapshot.counters.setdefault(name, {})[labels] = total
+            else:
+                snapshot.gauges.setdefault(name, {})[labels] = total - (total >> 63 << 64)
+                snapshot.highest.setdefault(name, {})[labels] = top
+        for name, (whole, recent) in merged.items():
+            snapshot.histograms[name] = Distribution(whole[0], whole[1], whole[2:].tolist())
+            snapshot.last_minute[name] = Distribution(recent[0], recent[1], recent[2:].tolist())
+        return snapshot
 
-
-def _read_histogram(region: Region, offset: int, name: str, now: int, snapshot: Snapshot) -> None:
-    whole = snapshot.histograms.setdefault(name, Distribution())
-    minute = snapshot.last_minute.setdefault(name, Distribution())
-    with memoryview(region.memory) as view, view[offset : offset + HISTOGRAM_BYTES] as part, part.cast("Q") as words:
-        whole.merge(words[1], words[2], words[HISTOGRAM_HEAD:HISTOGRAM_STRIDE])
-        for lap in range(1, 1 + HISTOGRAM_WINDOWS):
-            start = lap * HISTOGRAM_STRIDE
-            if now - LAST_MINUTE_WINDOWS <= words[start] <= now and words[start]:
-                buckets = words[start + HISTOGRAM_HEAD : start + HISTOGRAM_STRIDE]
-                minute.merge(words[start + 1], words[start + 2], buckets)
+    def _learn(self, seat: int) -> bool:
+        """Parses what the seat published since the last time. False: nobody ever wrote there."""
+        count = min(Words(self._region.memory, self._region.slot_offset(seat), 1).load(0), SERIES_MAX)
+        if not count:
+            return False
+        indexes = self._indexes.setdefault(seat, array("i"))
+        if len(indexes) == count:
+            return True
+        histograms = self._histograms.setdefault(seat, [])
+        for kind, name, labels, entry in _entries(self._region, seat, len(indexes)):
+            if kind == HISTOGRAM:
+                block = Words(self._region.memory, entry, 1).load(0)
+                if block < HISTOGRAM_MAX:
+                    histograms.append((name, SERIES_MAX * SERIES_BYTES + block * HISTOGRAM_BYTES))
+                indexes.append(-1)
+                continue
+            key = kind, name, labels
+            number = self._numbers.setdefault(key, len(self._series))
+            if number == len(self._series):
+                self._series.append(key)
+            indexes.append(number)
+        return True

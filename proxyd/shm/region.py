@@ -63,11 +63,12 @@ _GEOMETRY = {
 class Region:
     """The mapping. `slots`: its seats. Workers have the first ones, then telemetry has one, then the master."""
 
-    __slots__ = ("_memory", "memory", "slots", "started_at")
+    __slots__ = ("_memory", "kept", "memory", "slots", "started_at")
 
     def __init__(self, memory: Memory, slots: int, started_at: float) -> None:
         self._memory = memory
         self.memory: mmap.mmap = memory.map
+        self.kept: object = None  # what this process's readers want to find again; see metrics.read
         self.slots = slots
         self.started_at = started_at
 

@@ -23,6 +23,7 @@ RUNS = (
     "tests/unit/shm/test_ledger_machine.py",
     "tests/unit/shm/test_ledger_seats.py",
     "tests/unit/shm/test_ledger_windows.py",
+    "tests/unit/shm/test_metrics.py",
     "tests/unit/dialects/test_vocabulary.py",
 )
 

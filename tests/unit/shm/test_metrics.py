@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from array import array
 
 import pytest
 from hypothesis import given
@@ -235,3 +236,63 @@ def test_words_are_atomic_between_processes() -> None:
     assert words.swap(0, 5) == 2**64 - 1
     assert words.compare_swap(0, 5, 6) is True
     assert words.load(0) == 6
+
+
+def test_what_is_added_between_two_readings_is_in_the_second_whoever_adds_it() -> None:
+    region = Region.create(6)
+    expected: dict[int, dict[str, int]] = {}
+    rng = random.Random(5)
+    for turn in range(40):
+        seat, name = rng.randrange(5), f"name{rng.randrange(8)}"
+        Metrics(region, seat).counter(name, turn=str(turn % 7)).add(turn)
+        if turn % 5 == 0:
+            Metrics(region, seat).histogram(name).record(0.001 * (turn + 1))
+        of_seat = expected.setdefault(seat, {})
+        of_seat[name] = of_seat.get(name, 0) + turn
+        for seats in (None, [seat], [seat, 5], [1, 3]):
+            chosen = range(6) if seats is None else seats
+            names = {name for one in chosen for name in expected.get(one, {})}
+            found = read(region, 0.0, seats)
+            assert {name: found.total(name) for name in found.counters} == {
+                name: sum(expected.get(one, {}).get(name, 0) for one in chosen) for name in names
+            }
+    assert sum(found.count for found in read(region, 0.0).histograms.values()) == 8
+    assert read(region, 0.0, [5]) == m.Snapshot()
+
+
+def test_states_that_do_not_add_up_show_the_highest_seat_also_below_zero() -> None:
+    region = Region.create(3)
+    for seat, value in enumerate((-7, -3, -5)):
+        Metrics(region, seat).gauge("state", of="a").set(value)
+    found = read(region, 0.0)
+    assert (found.gauges, found.highest) == ({"state": {(("of", "a"),): -15}}, {"state": {(("of", "a"),): -3}})
+    assert read(region, 0.0, [0]).highest == {"state": {(("of", "a"),): -7}}
+
+
+def test_a_reading_in_a_forked_process_has_names_of_its_own() -> None:
+    region = Region.create(2)
+    Metrics(region, 0).counter("before").add()
+    read(region, 0.0)
+    in_child(lambda: Metrics(region, 1).counter("after").add(read(region, 0.0).total("before")))
+    assert read(region, 0.0).counters == {"before": {(): 1}, "after": {(): 1}}
+
+
+def test_sums_outside_their_buffers_are_refused() -> None:
+    memory, indexes = bytearray(4 * 64), array("i", [0, 1])
+    sums, tops = array("Q", [0, 0]), array("q", [0, 0])
+    _shm.sum_series(memory, 128, 64, indexes, sums, tops)
+    for offset, stride in ((192, 64), (256, 64), (-8, 64), (4, 64), (0, 4), (0, 1 << 62)):
+        with pytest.raises(ValueError):
+            _shm.sum_series(memory, offset, stride, indexes, sums, tops)
+    with pytest.raises(IndexError):
+        _shm.sum_series(memory, 0, 64, array("i", [0, 2]), sums, tops)
+    with pytest.raises(BufferError):
+        _shm.sum_series(memory, 0, 64, indexes, bytes(16), tops)
+    block = bytearray(8 * _shm.HISTOGRAM_WORDS)
+    into = array("Q", bytes(8 * (2 + _shm.HISTOGRAM_BUCKETS)))
+    _shm.merge_histogram(block, 0, 0, 1, into, into)
+    for offset in (-8, 4, 8, 1 << 60):
+        with pytest.raises(ValueError):
+            _shm.merge_histogram(block, offset, 0, 1, into, into)
+    with pytest.raises(ValueError):
+        _shm.merge_histogram(block, 0, 0, 1, into[1:], into)
