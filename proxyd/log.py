@@ -265,6 +265,13 @@ class Log:
             self._report_loss(self._access, "access", now)
         self._report_loss(self._events, "events", now)
 
+    def end(self) -> None:
+        """The last flush of a process: what the rate limit holds back is told now."""
+        now = self._clock.monotonic()
+        for event, rate in self._rates.items():
+            self._close_window(event, rate, now)
+        self.flush()
+
     def reopen(self) -> None:
         """Opens log files anew (USR1); one that cannot be opened keeps its descriptor, and the event log says so."""
         if self._access is not None:

@@ -198,7 +198,7 @@ class Master:
     # --- the next generation -------------------------------------------------------------------------------------
 
     def _ask(self, name: str, body: Callable[[], int]) -> Inquiry:
-        return Inquiry(self._crew, self._pipe, name, body)
+        return Inquiry(self._crew, self._pipe, name, body, self._spec.check_timeout_s)
 
     def _make_program_check(self) -> Callable[[], int]:
         renewal = self._spec.renewal
@@ -281,7 +281,7 @@ class Master:
         self._crew.lifelines.close()
         os.close(self._crew.news_fd)
         self._pipe.close()
-        self._log.flush()
+        self._log.end()
 
     def _move(self, phase: NodePhase) -> None:
         if phase not in _NODE_EDGES[self._phase]:

@@ -222,7 +222,7 @@ def _run(
             return await life(context, pulse, stop)
         finally:
             pulse.stop()
-            log.flush()
+            log.end()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main())

@@ -408,7 +408,9 @@ def test_a_flood_of_upstream_errors_is_fifty_lines_and_a_count(stage: Callable[.
     for _ in range(flood):
         with contextlib.suppress(OSError):
             ask(daemon, "/v1/chat/completions", chat("cut"), token=token).body()
-    (told,) = wait_for(lambda: events(daemon, "log_limited"), 30)
+    daemon.close_clients()
+    daemon.stop()
+    (told,) = events(daemon, "log_limited")
     failed = events(daemon, "upstream_failed")
     assert (told["of"], told["dropped"] + len(failed)) == ("upstream_failed", flood)
     assert len(failed) == LINES_PER_WINDOW

@@ -121,6 +121,13 @@ def test_a_flood_that_ended_is_reported_by_a_later_flush(target):
     assert [line["dropped"] for line in target.events() if line["event"] == "log_limited"] == [1]
 
 
+def test_the_end_of_a_process_tells_what_was_held_back(target):
+    for _ in range(LINES_PER_WINDOW + 3):
+        target.log.error("flood")
+    target.log.end()
+    assert [line["dropped"] for line in target.events() if line["event"] == "log_limited"] == [3]
+
+
 def test_the_access_log_is_never_limited(target):
     for number in range(LINES_PER_WINDOW * 3):
         target.log.access({"number": number})
