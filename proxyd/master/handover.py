@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 ENV = "PROXYD_ADOPT"
 FORMAT = 1
+YES = "can go on from the daemon that runs"  # what the check of a new program says: another program exits with 0, too
 STATE_MAX = 4 * 1024 * 1024
 T = TypeVar("T")
 

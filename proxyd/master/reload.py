@@ -9,7 +9,7 @@ Owns the steps and the result. Must not know the node's phases, configurations, 
                              '-- in the new image: PLANNING -- begun --> STARTING
     STARTING -- every worker READY --> SETTLING  promoted; the generation before it drains
     SETTLING -- that one has left the listeners, SETTLE_S --> IDLE      who has the result is served by the new one
-             -- one died, BOOT_TIMEOUT_S --> IDLE     discarded; the generation before it goes on
+             -- one died, boot_timeout_s --> IDLE     discarded; the generation before it goes on
 
 A HUP while one is under way, or while the node starts, is remembered: one more follows, however many came. A USR2 is
 refused then: an operator who upgrades wants to see it happen. Every result is a notice in shared memory, a log line,
@@ -28,9 +28,10 @@ from typing import Any
 from proxyd.host.sockets import Listeners
 from proxyd.master.crew import Crew
 from proxyd.master.generations import Generation, NoSeats, tell_no_seats
+from proxyd.master.handover import YES
 from proxyd.master.inquiry import FINDINGS_BYTES, Answer, Inquiry
 from proxyd.master.roster import Roster
-from proxyd.master.slots import BOOT_TIMEOUT_S, Phase
+from proxyd.master.slots import Phase
 from proxyd.master.spec import MasterSpec, Refused, Renewal
 from proxyd.shm.beats import Beat, State
 from proxyd.shm.notice import Notices
@@ -195,7 +196,7 @@ class Renewer:
         what = "the configuration" if self.kind is Kind.RELOAD else "the new program or its configuration"
         if answer.code == CHECK_FAILED and answer.findings:
             self._fail(f"{what} has errors; nothing was changed", answer.findings)
-        elif answer.code != 0:
+        elif answer.code != 0 or (self.kind is Kind.UPGRADE and not any(YES in line for line in answer.findings)):
             runner = "the check" if self.kind is Kind.RELOAD else "the new program"
             self._fail(f"{runner} cannot run: {answer.end}; nothing was changed", [*answer.findings, *answer.errors])
         elif self.kind is Kind.RELOAD:
@@ -226,7 +227,7 @@ class Renewer:
             plan.listeners.release(serving.spec.listeners)
             self._fail(tell_no_seats(error, self._roster.seats.count, self._roster.generations, now))
             return
-        self._deadline = now + BOOT_TIMEOUT_S
+        self._deadline = now + self._spec.boot_timeout_s
         self._move(Step.STARTING)
         self.publish()
 
@@ -251,7 +252,7 @@ class Renewer:
             why = f"{failed.spec.name} of generation {new.number} did not start: {failed.end}"
         else:
             late = [slot.spec.name for slot in new.slots if not slot.is_ready]
-            why = f"{', '.join(late)} of generation {new.number} not ready within {BOOT_TIMEOUT_S:g} s"
+            why = f"{', '.join(late)} of generation {new.number} not ready within {self._spec.boot_timeout_s:g} s"
         self._fail(f"{why}; the workers before it go on serving; the log has its reason (cannot_boot, child_died)")
 
     def _maybe_finish(self, now: float) -> None:

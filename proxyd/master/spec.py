@@ -15,7 +15,7 @@ from proxyd.host.sockets import Listeners
 from proxyd.host.systemd import Notifier
 from proxyd.log import Log
 from proxyd.master.handover import Handed
-from proxyd.master.slots import BEAT_TIMEOUT_S
+from proxyd.master.slots import BEAT_TIMEOUT_S, BOOT_TIMEOUT_S
 from proxyd.shm.region import Region
 
 
@@ -84,6 +84,8 @@ class MasterSpec:
     extra_children: tuple[ChildSpec, ...] = ()
     beat_timeout_s: float = BEAT_TIMEOUT_S
     telemetry_timeout_s: float = 60.0  # a commit on a slow disk may hold its loop; killing it then helps nobody
+    check_timeout_s: float = 30.0  # a check takes a second, on a busy machine five; an operator waits for it
+    boot_timeout_s: float = BOOT_TIMEOUT_S  # of a generation that a reload begins
     notifier: Notifier = field(default_factory=lambda: Notifier({}))
     stored: tuple[str, ...] = ()
     on_ready: Callable[[], None] = lambda: None
