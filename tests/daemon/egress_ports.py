@@ -268,7 +268,7 @@ def refused(way: str, requests: int, ports: int, clients: int) -> str:
 
 def out(requests: int, ports: int, clients: int) -> str:
     """More streams than ports: those that have one are answered, others hear 503, and it is over when they end."""
-    more = f'connect_timeout = "{max(3, ports // 200)}s"\nmax_connections = {ports + ports // 2}\n'
+    more = f'connect_timeout = "{max(2, ports // 200)}s"\nmax_connections = {ports + ports // 2}\n'
     stage = Stage("out", workers=2, more=more)
     house = stage.house
     try:

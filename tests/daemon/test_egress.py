@@ -28,10 +28,10 @@ def run(*words: str) -> str:
 @pytest.mark.parametrize(
     ("scenario", "requests"),
     [
-        pytest.param("keep", 3000, id="kept connections carry fifteen times as many requests as there are ports"),
-        pytest.param("refuse", 1000, id="an upstream that closes each connection leaves no port taken"),
-        pytest.param("await", 1000, id="an upstream that waits for our close is reset before the ports are gone"),
-        pytest.param("out", 200, id="without a port requests wait, get 503, and all is well when ports come back"),
+        pytest.param("keep", 2000, id="kept connections carry ten times as many requests as there are ports"),
+        pytest.param("refuse", 600, id="an upstream that closes each connection leaves no port taken"),
+        pytest.param("await", 800, id="an upstream that waits for our close is reset before the ports are gone"),
+        pytest.param("out", 100, id="without a port requests wait, get 503, and all is well when ports come back"),
         pytest.param("sources", 60, id="source addresses take turns and a bad one is passed over"),
     ],
 )
