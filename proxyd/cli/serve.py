@@ -124,6 +124,8 @@ def _no_room(error: OSError, config: Config) -> str:
     remedy = "raise LimitNOFILE, or lower server.workers"
     if error.errno == errno.ENOMEM:
         remedy = "it is mostly address space: set vm.overcommit_memory to 0 or 1, or raise RLIMIT_AS"
+    elif error.errno == errno.EFBIG:
+        remedy = "shared memory counts as a file there: raise RLIMIT_FSIZE (LimitFSIZE=, ulimit -f)"
     return f"nothing to share among {config.server.workers} workers: {error.strerror}; {remedy}"
 
 
