@@ -108,14 +108,13 @@ def frame(view: View, width: int, height: int, now_s: float, wall_s: float, inte
 
 def run(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> int:
     """Shows until told to end."""
-    admin = find_admin(WHO, args.config, environ)
-    if isinstance(admin, int):
-        return admin
-    view = View(lambda: fetch(admin, TIMEOUT_S), admin)
-    if is_terminal(environ):
-        return _on_terminal(view, args.interval, args.count)
     try:
-        return _on_pipe(view, args.interval, args.count)
+        admin = find_admin(WHO, args.config, environ)
+        if isinstance(admin, int):
+            return admin
+        view = View(lambda: fetch(admin, TIMEOUT_S), admin)
+        on = _on_terminal if is_terminal(environ) else _on_pipe
+        return on(view, args.interval, args.count)
     except KeyboardInterrupt:
         return 0
 

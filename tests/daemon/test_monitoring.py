@@ -216,18 +216,17 @@ def test_a_reader_that_has_enough_ends_top_without_a_word(daemon: Daemon) -> Non
 
 
 class Terminal:
-    """`proxyd top` on a terminal of 80 columns and 24 rows."""
+    """`proxyd top`, or another command, on a terminal of 80 columns and 24 rows."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon, *words: str, **environ: str) -> None:
         self.master, self.slave = pty.openpty()
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.modes = termios.tcgetattr(self.slave)
-        environ = {**os.environ, "TERM": "xterm-256color"} | {"NO_COLOR": ""}
-        del environ["NO_COLOR"]
+        kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
         self.process = subprocess.Popen(
-            command(daemon, "top", "--interval", "100ms"),
+            command(daemon, *(words or ("top", "--interval", "100ms"))),
             cwd=ROOT,
-            env=environ,
+            env={**kept, "TERM": "xterm-256color", **environ},
             stdin=self.slave,
             stdout=self.slave,
             stderr=self.slave,
@@ -293,6 +292,22 @@ def test_top_fits_80_by_24_and_q_ends_it(terminal: Terminal) -> None:
     for part in ("proxyd ", "worker 0", "worker 1", "telemetry", "time to first event", "openai", "closed", "rows: "):
         assert part in text
     assert "\x1b[32m" in terminal.read()
+
+
+def test_status_on_a_terminal_has_colours_and_keeps_to_its_width(daemon: Daemon) -> None:
+    for environ, has_codes in (({}, True), ({"NO_COLOR": "1"}, True), ({"TERM": "dumb"}, False)):
+        terminal = Terminal(daemon, "status", **environ)
+        try:
+            assert terminal.ends() == 0
+            text = terminal.read()
+            assert ("\x1b[" in text) == has_codes
+            assert ("\x1b[32mready" in text) == (not environ)
+            lines = re.sub(r"\x1b\[[0-9;]*m", "", text).split("\r\n")
+            assert any(line.startswith("worker 1 ") for line in lines)
+            assert "\x1b" not in "".join(lines)
+            assert not has_codes or max(map(len, lines)) <= 80
+        finally:
+            terminal.close()
 
 
 @pytest.mark.parametrize(
