@@ -43,6 +43,8 @@ PIPELINE_TURN = 8
 # be as good, twice too late.
 END_LOOK_S = 0.05
 
+# Who was answered so was nobody we know: his next request comes after those of others.
+_SUSPECT = frozenset((401, 403))
 _READING = frozenset((State.IDLE, State.HEAD, State.BODY))
 
 
@@ -53,6 +55,7 @@ class ClientConnection(Channel):
         "_advancing",
         "_door",
         "_head",
+        "_is_suspect",
         "_keep",
         "_reader",
         "_trusted",
@@ -79,6 +82,7 @@ class ClientConnection(Channel):
         self._reader = RequestReader(door.settings.max_head, door.settings.max_body)
         self._head: RequestHead | None = None
         self._keep = True
+        self._is_suspect = False
         self._advancing = False
         self._arm(door.settings.keepalive if is_kept else door.settings.head_timeout)
         self._watch(True)
@@ -88,12 +92,14 @@ class ClientConnection(Channel):
     def reply(self, status: int, headers: Headers, body: bytes, *, close: bool = False) -> None:
         """Answers the request being served, completely. A client that is gone makes this a no-op."""
         if self.state is not State.CLOSED:
+            self._is_suspect = False
             self._answer(status, headers, body, close)
 
     def refuse(self, refusal: Refusal, extra: Headers | None = None) -> None:
         """Answers the request being served with an error in the shape of its route; `extra` are headers (CORS, say)."""
         if self.state is not State.CLOSED:
             headers, body = self._error(refusal)
+            self._is_suspect = refusal.status in _SUSPECT
             self._answer(refusal.status, headers + (extra or []), body, refusal.close)
 
     def begin_stream(self) -> int:
@@ -101,6 +107,7 @@ class ClientConnection(Channel):
         if self.state is State.CLOSED:
             raise ConnectionResetError("the client is gone")
         self._become(State.STREAMING)
+        self._is_suspect = False
         self._watch(False)
         self.on_gone = None
         if self._head is not None:
@@ -189,6 +196,11 @@ class ClientConnection(Channel):
                 self._close()
 
     # -- reading -------------------------------------------------------------------------------------------------
+
+    def _on_readable(self) -> None:
+        # Not read is not forgotten: the loop says it again in its next turn.
+        if not (self._is_suspect and self.state is State.IDLE) or self._door.has_room_for_suspect():
+            super()._on_readable()
 
     def _on_input(self, data: bytes) -> None:
         self._reader.feed(data)

@@ -38,6 +38,10 @@ __all__ = ["SCRATCH_BYTES", "Answered", "Door", "FrontSettings"]
 # One recv takes at most this much before the next socket has its turn: a whole prompt in most cases. Half doubles the
 # calls for long prompts, twice gives an uploading client a longer turn.
 SCRATCH_BYTES = 64 * 1024
+# Requests in one turn of the loop from connections whose last one had no valid session. 0.15 ms each: half gives a
+# page that reloads its token with many connections at once a longer wait, twice lets a flood of forged tokens add twice
+# as much to each turn of all others.
+SUSPECTS_A_TURN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,7 @@ class Door:
         "_date_second",
         "_preflight",
         "_serve",
+        "_suspects",
         "_web",
         "clock",
         "closes_idle",
@@ -144,6 +149,7 @@ class Door:
         self._preflight = preflight
         self._date = b""
         self._date_second = -1
+        self._suspects = 0
 
     def accept(self, sock: socket.socket, address: object, *, is_kept: bool = False) -> None:
         """Takes a non-blocking accepted socket, with its address as accept() gave it. `is_kept`: it comes from another
@@ -161,6 +167,18 @@ class Door:
         else:
             conn.reply(204, self._preflight(request), b"")
             self.record_answer(conn, request.head, 204, request.request_id)
+
+    def has_room_for_suspect(self) -> bool:
+        """Whether one more of SUSPECTS_A_TURN may be served in this turn of the loop; if so, it was counted."""
+        if self._suspects >= SUSPECTS_A_TURN:
+            return False
+        if not self._suspects:
+            self.loop.call_soon(self._end_turn)
+        self._suspects += 1
+        return True
+
+    def _end_turn(self) -> None:
+        self._suspects = 0
 
     def check(self, head: RequestHead) -> None:
         """Refuses, before its body is read, what no body could make right. Raises Refusal."""
