@@ -222,6 +222,7 @@ def test_no_line_holds_a_token_a_key_a_cookie_or_a_word_of_what_was_said(
             sock.recv(65536)
     daemon.admin("/sessions/revoke", "POST", json.dumps({"user": 7}).encode())
     shown = daemon.admin("/status")[1].decode() + daemon.admin("/metrics")[1].decode()
+    daemon.close_clients()
     assert daemon.stop() == 0
     said = daemon.log() + shown
     assert said.count("/v1/chat/completions") >= 18
