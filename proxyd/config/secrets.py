@@ -6,7 +6,7 @@ Invariants: no finding and no `repr` ever holds a secret's value; a secret is by
 line end that editors add.
 
 Order for an option `*_file`: $CREDENTIALS_DIRECTORY/<file name of the option's path> (systemd LoadCredential=, which
-protects it itself), then the path. An option `*_env` names a variable.
+protects it itself) unless it is blank, then the path. An option `*_env` names a variable.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ class _Reader:
         except OSError as error:
             remedy = {
                 errno.ENOENT: "create it, or correct the path",
-                errno.EACCES: f"ask as the daemon's user or root (this is uid {os.geteuid()}), or correct its owner",
+                errno.EACCES: self.how_to_be_let_in(path),
             }.get(error.errno or 0, "correct the path")
             self.error(key, f"cannot read {source}: {error.strerror}", remedy)
             return None
@@ -247,12 +247,24 @@ class _Reader:
             return None
         return data
 
+    def how_to_be_let_in(self, path: str) -> str:
+        if self.environ.get("CREDENTIALS_DIRECTORY"):
+            line = f"LoadCredential={os.path.basename(path)}:{path}"
+            return f"the unit needs the line {line}, and a restart: systemd reads credentials at the start"
+        return f"ask as the daemon's user or root (this is uid {os.geteuid()}), or correct its owner"
+
     def credential(self, key: KeyPath, path: str) -> str | None:
         """The systemd credential that stands for `path`, if the service manager passed one."""
         directory = self.environ.get("CREDENTIALS_DIRECTORY", "")
         name = os.path.basename(path)
         candidate = os.path.join(directory, name)
-        if not directory or not name or not os.path.exists(candidate):
+        if not directory or not name:
+            return None
+        try:
+            # A line end alone is what the unit's SetCredential= puts in the place of a file that is missing.
+            if os.stat(candidate).st_size <= 1:
+                return None
+        except OSError:
             return None
         taken = self.credentials.setdefault(name, path)
         if taken != path:

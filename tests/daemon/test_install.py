@@ -142,6 +142,66 @@ def test_an_installed_proxyd_runs_far_from_its_sources(installed: Path, tmp_path
         upstream.close()
 
 
+IN_PLACE = (
+    "usr/lib/systemd/system/proxyd.service",
+    "usr/lib/systemd/system/proxyd.socket",
+    "usr/lib/sysusers.d/proxyd.conf",
+    "usr/lib/tmpfiles.d/proxyd.conf",
+    "usr/lib/sysctl.d/60-proxyd.conf",
+    "usr/lib/modules-load.d/proxyd.conf",
+    "usr/share/proxyd/proxyd.toml",
+    "usr/share/proxyd/nginx/proxyd.conf",
+    "usr/share/proxyd/mysql/schema.sql",
+    "usr/share/proxyd/mysql/grants.sql",
+    "usr/share/proxyd/mysql/60-proxyd.cnf",
+    "etc/proxyd/proxyd.toml",
+    "etc/logrotate.d/proxyd",
+)
+
+
+def make_install(folder: Path, *settings: str, source: Path = ROOT) -> str:
+    done = run("make", "install", f"DESTDIR={folder}", *settings, cwd=source)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_make_install_puts_everything_in_place_readable_by_all_and_nothing_elsewhere(tmp_path: Path) -> None:
+    make_install(tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    inside = {str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777 for path in files}
+    assert set(IN_PLACE) <= set(inside)
+    assert set(inside.values()) == {0o644}
+    assert not [name for name in inside if name not in IN_PLACE and not name.startswith("usr/share/proxyd/")]
+    assert (tmp_path / IN_PLACE[0]).read_text() == (ROOT / "systemd/proxyd.service").read_text()
+
+
+def test_make_install_never_overwrites_what_an_operator_edited_and_renews_the_rest(tmp_path: Path) -> None:
+    make_install(tmp_path)
+    for name in ("etc/proxyd/proxyd.toml", "etc/logrotate.d/proxyd", "usr/lib/systemd/system/proxyd.service"):
+        (tmp_path / name).write_text("mine")
+    said = make_install(tmp_path)
+    assert (tmp_path / "etc/proxyd/proxyd.toml").read_text() == "mine"
+    assert (tmp_path / "etc/logrotate.d/proxyd").read_text() == "mine"
+    assert said.count("kept ") == 2
+    assert f"{tmp_path}/usr/share/proxyd/proxyd.toml" in said
+    assert "ExecStart=" in (tmp_path / "usr/lib/systemd/system/proxyd.service").read_text()
+    assert make_install(tmp_path / "again").count("kept ") == 0
+
+
+def test_make_install_elsewhere_has_a_unit_that_runs_from_there(tmp_path: Path) -> None:
+    make_install(tmp_path, "PREFIX=/usr/local", "SYSCONFDIR=/usr/local/etc")
+    unit = (tmp_path / "usr/local/lib/systemd/system/proxyd.service").read_text()
+    assert "ExecStart=/usr/local/bin/proxyd -c /usr/local/etc/proxyd/proxyd.toml\n" in unit
+    assert "/usr/bin/proxyd" not in unit
+    assert (tmp_path / "usr/local/etc/proxyd/proxyd.toml").exists()
+
+
+def test_make_install_works_from_the_sdist(sdist: Path, tmp_path: Path) -> None:
+    make_install(tmp_path, source=sdist)
+    assert all((tmp_path / name).is_file() for name in IN_PLACE)
+
+
 class Installed(Daemon):
     """The daemon of the installed command, started in the test's own folder."""
 

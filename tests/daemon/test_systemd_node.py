@@ -79,9 +79,9 @@ def test_without_its_secrets_the_start_fails_and_the_journal_says_what_is_missin
     installed.machine.run("systemctl", "reset-failed", UNIT, check=False)
     assert started.returncode != 0
     said = "\n".join(installed.messages())
-    assert "jwt.secret" in said
-    assert "write the secret into" in said or "create it" in said
-    assert "Protocol error" not in said
+    for name in ("jwt.secret", "openai.key"):
+        assert f"cannot read /etc/proxyd/{name}: No such file or directory; create it" in said
+    assert "Protocol error" not in said  # systemd's own words for it
 
 
 def test_the_installed_units_verify_in_silence_and_are_hardened(installed: SystemdNode) -> None:

@@ -111,6 +111,18 @@ def test_without_a_credential_of_its_name_the_file_is_read(tmp_path):
     assert secrets.jwt == Secret(SECRET.encode())
 
 
+@pytest.mark.parametrize("blank", [b"", b"\n"])
+def test_a_blank_credential_stands_for_a_file_that_systemd_did_not_find(tmp_path, blank):
+    (tmp_path / "credentials").mkdir()
+    keep(tmp_path / "credentials" / "s", blank)
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path / "credentials")}
+    config = with_auth(f'secret_file = "{tmp_path}/s"')
+    (found,) = errors(config, environ)
+    assert f"cannot read {tmp_path}/s: No such file" in found.message
+    keep(tmp_path / "s", SECRET.encode())
+    assert resolve(config, environ)[0].jwt == Secret(SECRET.encode())
+
+
 def test_one_credential_does_not_stand_for_two_files(tmp_path):
     keep(tmp_path / "key", SECRET.encode())
     config = with_auth('secret_file = "/a/key"', UPSTREAM + 'api_key_file = "/b/key"\n')
