@@ -213,7 +213,7 @@ def load_rounds(
         manager, daemon = ends.enter_context(managed(folder, provider.url, workers, drain_timeout_s))
         made = []
         for via, target in (("tcp", daemon.port), ("unix", f"{folder}/p.sock")):
-            options = {"kept": 0.2, "pool": 50, "stream_rate": 10, "min": 10, "max": 60, "wait": 60}
+            options = {"kept": 0.2, "pool": 50, "stream_rate": 10, "min": 10, "max": 30, "wait": 60}
             shares = {"rate": rate / 2, "streams": streams // 2}
             made.append(Newcomers(folder, target, daemon.token(), via, **shares, **options))
             ends.callback(made[-1].close)

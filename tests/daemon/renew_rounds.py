@@ -37,6 +37,7 @@ from tests.daemon.load import Failure, Newcomers, Scripted, build, children_of, 
 from tests.daemon.sdk.nginx import Nginx, render
 from tests.daemon.worker_loss import Kill, is_of, stop_look_kill
 
+TITLES = (b"proxyd: worker", b"proxyd: telemetry")
 WAYS = ("tcp", "unix", "nginx-tcp", "nginx-unix")
 BROKEN = ("file_key", "syntax", "no_boot", "file_syntax", "missing", "exit", "file_upstream")
 NGINX_MAIN = """
@@ -219,7 +220,8 @@ def take_turn(
             daemon.installed.install(f"9.{number}.0")
         else:
             daemon.config.write_text(make_config(daemon.folder, daemon.port, provider.url, plan, number))
-        killing = threading.Thread(target=kill_some, args=(daemon, outcome), daemon=True)
+        within_s = 0.6 if kind == "reload" else 4.0
+        killing = threading.Thread(target=kill_some, args=(daemon, outcome, within_s), daemon=True)
         if plan.kills:
             killing.start()
         renewal = daemon.renew(kind, how)
@@ -254,13 +256,13 @@ def take_turn(
     return renewal
 
 
-def kill_some(daemon: InstalledDaemon, outcome: Outcome) -> None:
-    """One of the workers there are at some instant of a renewal: one that serves, starts or retires."""
-    time.sleep(random.random() * 0.6)
+def kill_some(daemon: InstalledDaemon, outcome: Outcome, within_s: float) -> None:
+    """One of the children there are at some instant of a renewal: one that serves, starts or retires, or telemetry."""
+    time.sleep(random.random() * within_s)
     assert daemon.process is not None
     with contextlib.suppress(OSError):  # it may end meanwhile, for it may retire
         titles = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children_of(daemon.process.pid)}
-        pid = random.choice([pid for pid, title in titles.items() if title.startswith(b"proxyd: worker")])
+        pid = random.choice([pid for pid, title in titles.items() if title.startswith(TITLES)])
         outcome.kills.append(stop_look_kill(daemon.port, pid, 0.05))
 
 
@@ -305,8 +307,8 @@ def judge_rest(outcome: Outcome, daemon: InstalledDaemon, plan: Plan) -> None:
     code = daemon.stop(seconds=plan.drain_timeout_s + 20)
     if code != 0:
         outcome.faults.append(f"exit code {code}")
-    if "Traceback" in daemon.log():
-        outcome.faults.append("Traceback: " + daemon.log()[daemon.log().index("Traceback") :][:600])
+    # One within a line is what the check of a broken program said, and belongs there.
+    outcome.faults += re.findall(r"^Traceback[^{]{0,600}", daemon.log(), re.MULTILINE)
     died = re.findall(r'"event":"(child_died|child_killed|child_silent)"[^\n]*', daemon.log())
     expected_deaths = any(renewal.how == "no_boot" for renewal in outcome.renewals)
     if died and not expected_deaths and not plan.kills:
