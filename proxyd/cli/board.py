@@ -76,7 +76,7 @@ def _node(status: Mapping[str, Any], width: int | None, now: Now | None) -> list
         short_count(count, width) for count in (requests["answered"], requests["client_aborts"], streams["events"])
     )
     rate = _rate(requests.get("per_s"), now.requests if now else None, "")
-    lines = [head, *note(f"requests: {rate}{answered} answered, {left} left by their client", width)]
+    lines = [head, *note(f"requests: {rate}{answered} answered, {left} clients left", width)]
     rate = _rate(streams.get("events_per_s"), now.events if now else None, " events")
     moved = now.bytes if now else streams.get("bytes_per_s")
     speed = "" if moved is None else f", {size(round(moved))}/s"

@@ -87,7 +87,7 @@ class View:
         """The last answer, under why there is no newer one."""
         found: list[Block] = []
         if self.why:
-            text = f"waiting for {self._place.text} since {span(now_s - self._failed_since_s)}: {self.why}"
+            text = f"waiting for {self._place.text} ({span(now_s - self._failed_since_s)}): {self.why}"
             found.append(Block(note(text, width, "bad"), 3))
             if self._last is not None and width is not None:
                 age = span(now_s - self._last.at_s)

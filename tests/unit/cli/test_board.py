@@ -316,11 +316,11 @@ def test_a_daemon_that_restarts_is_waited_for_and_what_is_old_says_so() -> None:
     assert not view.look(1002.0)
     assert not view.look(1009.0)
     lines = [plain(line) for line in frame(view, 80, 24, 1010.0, 0.0, 2.0)]
-    assert lines[0].startswith("waiting for unix:/run/proxyd/admin.sock since 8s: ")
+    assert lines[0].startswith("waiting for unix:/run/proxyd/admin.sock (8s): ")
     assert "what follows is 10s old" in lines
     assert any(line.startswith("proxyd 0.1.0: ready") for line in lines)
     assert [plain(line) for line in fit(view.blocks(None, 1010.0), None)] == [
-        "waiting for unix:/run/proxyd/admin.sock since 8s: unix:/run/proxyd/admin.sock does not answer in time: every"
+        "waiting for unix:/run/proxyd/admin.sock (8s): unix:/run/proxyd/admin.sock does not answer in time: every"
         " worker is busy or stuck"
     ]
     assert view.look(1011.0)
@@ -332,7 +332,7 @@ def test_nothing_but_the_waiting_is_shown_before_the_first_answer() -> None:
     view = View(Daemon(FileNotFoundError()), ADMIN)
     assert not view.look(1000.0)
     lines = [plain(line) for line in frame(view, 80, 24, 1000.0, 0.0, 2.0)]
-    assert "".join(lines[:3]).startswith("waiting for unix:/run/proxyd/admin.sock since 0s: not running: nothing")
+    assert "".join(lines[:3]).startswith("waiting for unix:/run/proxyd/admin.sock (0s): not running: nothing")
     assert set(lines[3:-1]) == {""}
 
 
