@@ -107,6 +107,12 @@ install:
 	  if [ -e "$$file" ] || [ -L "$$file" ]; then \
 	    cmp -s "conf/$${pair%%:*}" "$$file" || echo "kept $$file; as it came: $(SHARE)/$${pair%%:*}"; \
 	  else install -m 0644 "conf/$${pair%%:*}" "$$file" || exit 1; fi; done
+# On the machine itself, and not into a package's folder: the user, its directories, and systemd knows the unit.
+ifeq ($(DESTDIR),)
+	@! command -v systemd-sysusers >/dev/null || systemd-sysusers "$(LIB)/sysusers.d/proxyd.conf"
+	@! command -v systemd-tmpfiles >/dev/null || systemd-tmpfiles --create "$(LIB)/tmpfiles.d/proxyd.conf"
+	@! test -d /run/systemd/system || systemctl daemon-reload
+endif
 	@echo "installed below $(DESTDIR)$(PREFIX) and $(ETC); next: README, \"Installing\""
 
 lock:
