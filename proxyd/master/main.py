@@ -111,6 +111,7 @@ class Master:
                 self._go_on(self._spec.handed)
             self._loop()
         finally:
+            self._renewer.end()
             self._crew.kill_all()
             self._close()
         return self._exit_code

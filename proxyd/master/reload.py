@@ -160,11 +160,15 @@ class Renewer:
         elif self._step is Step.SETTLING:
             self._maybe_finish(now)
 
-    def cancel(self) -> None:
-        """The node ends: nobody waits for a result any more. A generation that starts is ended with the others."""
+    def end(self) -> None:
+        """However the loop was left: no check stays behind."""
         if self._inquiry is not None:
             self._inquiry.end()
             self._inquiry = None
+
+    def cancel(self) -> None:
+        """The node ends: nobody waits for a result any more. A generation that starts is ended with the others."""
+        self.end()
         self.is_wanted = False
         if not self.is_idle:
             self._move(Step.IDLE)

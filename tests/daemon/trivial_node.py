@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import mmap
 import os
 import signal
 import socket
@@ -139,17 +140,24 @@ class Trivial:
 
 
 class Next:
-    """The generations after the first, as options["renewals"] has them, one for each: `examine` (what the check does:
-    bad, crash, hang), `refuse` (a plan that cannot be), `workers`, `fail` (as for the first generation)."""
+    """The generations after the first, as options["renewals"] has them, one for each check: `examine` (what it does:
+    bad, crash, hang, flood), `refuse` (a plan that cannot be), `bug` (one that raises), `workers`, `fail` (as for the
+    first generation). Behind the last one all goes well."""
 
     def __init__(self, make: Callable[..., GenerationSpec], options: dict[str, Any], log: Log) -> None:
         self._make, self._log = make, log
-        self._left = list(options.get("renewals", []))
+        self._wishes = list(options.get("renewals", []))
+        self._looked = mmap.mmap(-1, 8)  # by all children
         self._workers = options.get("workers", 2)
         self.program = Program(sys.executable, (sys.executable, "-c", "raise SystemExit(3)"), dict(os.environ))
 
     def examine(self) -> tuple[bool, list[str]]:
-        how = self._left[0].get("examine") if self._left else None
+        number = self._looked[0]
+        self._looked[0] = number + 1
+        how = self._wishes[number].get("examine") if number < len(self._wishes) else None
+        if how == "flood":
+            while True:
+                os.write(2, b"x" * 65536)
         if how == "crash":
             os._exit(9)
         if how == "hang":
@@ -157,11 +165,14 @@ class Next:
         return how != "bad", ["line 3: nonsense"] if how == "bad" else []
 
     def plan(self, listeners: Listeners, log: Log) -> GenerationSpec:
-        wish = self._left.pop(0) if self._left else {}
+        number = self._looked[0] - 1
+        wish = self._wishes[number] if number < len(self._wishes) else {}
+        if "bug" in wish:
+            raise KeyError(wish["bug"])
         if "refuse" in wish:
             raise Refused(wish["refuse"], ["refused here"])
-        self._workers = wish.get("workers", self._workers)
-        return self._make(listeners.renewed(_addresses(), self._workers, 64), self._workers, wish)
+        count = wish.get("workers", self._workers)
+        return self._make(listeners.renewed(_addresses(), count, 64), count, wish)
 
     def hand_over(self) -> dict[str, Any]:
         return {"fds": [], "memory": []}
@@ -222,6 +233,8 @@ def main() -> int:
         first=generation(listeners, workers, options),
         extra_children=(ChildSpec("extra", extra),) if options.get("extra") else (),
         beat_timeout_s=options.get("beat_timeout", 10.0),
+        check_timeout_s=options.get("check_timeout", 30.0),
+        boot_timeout_s=options.get("boot_timeout", 30.0),
         notifier=Notifier(os.environ),
         renewal=Next(generation, options, log) if "renewals" in options else None,
         version="1.0",
