@@ -155,12 +155,13 @@ class Sink:
 
     def _write_now(self, data: bytes) -> int:
         """Never waits: who shares a pipe or a socket with us may have filled it since the poll said that there is
-        room. RWF_NOWAIT is pwritev2(2)'s; what does not know it (a terminal) is written as it is."""
+        room. RWF_NOWAIT is pwritev2(2)'s; who does not know it (a terminal, an old filter of
+        system calls) is written to as it is."""
         if self._poll is not None and self._may_nowait:
             try:
                 return os.pwritev(self.fd, [data], -1, os.RWF_NOWAIT)
             except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ESPIPE, errno.ENOSYS):
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ESPIPE, errno.ENOSYS, errno.EPERM):
                     raise
                 self._may_nowait = False
         return os.write(self.fd, data)

@@ -1,4 +1,4 @@
-"""Where lines go: a folder that is gone, a full disk, a reader that stalls, a flood. No stream waits for any of them."""
+"""Where lines go: a folder that is gone, a full disk, a reader that stalls, a flood. No stream waits for them."""
 
 from __future__ import annotations
 
