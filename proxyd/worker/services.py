@@ -67,6 +67,8 @@ from proxyd.worker.readiness import NodeReadiness
 
 # A connection accepted in the last moment has its request in the socket already: it is read before idle ones close.
 LAST_READ_S = 0.1
+# The same where a successor takes the listeners: each request that comes within it is served, none is missed by others.
+LAST_SERVED_S = 0.5
 # A connection that is kept may ask once more, and hears that the node leaves: a balancer that looks at /readyz does.
 # Half may miss one that looks every five seconds, twice keeps clients on a node that has nothing for them.
 KEPT_IDLE_S = 5.0
@@ -363,7 +365,8 @@ class WorkerServices:
                 self._arrivals.pause()
                 self._arrivals.take_rest()
         self._is_last_read = True
-        self._context.loop.call_later(LAST_READ_S, self._after_last_read, is_kept)
+        window_s = LAST_SERVED_S if is_kept else LAST_READ_S
+        self._context.loop.call_later(window_s, self._after_last_read, is_kept)
         self._context.loop.call_later(KEPT_IDLE_S, self._door.drain)
 
     def _leave_listeners(self, *, takes_rest: bool) -> None:
