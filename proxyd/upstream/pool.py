@@ -436,7 +436,8 @@ def _try_ceiling(state: PoolState[ConnT, WaiterT], total: int) -> Actions[ConnT,
         return (Bound(None),)
     if state.waiting <= state.connecting or total >= state.limits.max_connections:
         return ()
-    return (Bound(max(state.ceiling, total + 1)), Dial())
+    most = max(state.ceiling, total + 1)
+    return (Bound(most), *(Dial(),) * min(state.waiting - state.connecting, most - total))
 
 
 def _retire_reason(limits: Limits, conn: Pooled, idle_since: float, now: float) -> Why | None:
