@@ -5,7 +5,8 @@ Owns: finding the daemon, its signal, the wait, the words. Must not know how a r
 `proxyd status` and the journal. Exit codes: 0 the new generation serves, 1 refused or failed (findings are printed),
 2 the daemon cannot be reached, or may not be signalled.
 
-Which result is ours: renewals are numbered. What was begun after we asked for the number has seen the file as it is.
+Which result is ours: renewals are numbered. What was begun after we asked for the number has seen the file as it is;
+an upgrade that worked has read the file, too.
 """
 
 from __future__ import annotations
@@ -58,8 +59,6 @@ def run(
         return fail(who, UNREACHABLE, f"the daemon at {admin.text} knows no {kind}: restart it once with this version")
     if renewal.get("unavailable"):
         return fail(who, 1, f"not for this daemon: {renewal['unavailable']}")
-    if kind == "upgrade" and (renewal.get("under_way") or renewal.get("waits")):
-        return fail(who, 1, "a reload or upgrade is under way; ask again when `proxyd status` has its result")
     try:
         kill(pid, _SIGNALS[kind])
     except ProcessLookupError:
@@ -83,22 +82,25 @@ def _wait(
     while clock() < until:
         sleep(LOOK_S)
         try:
-            last = ask(admin).get("last_reload")
+            results = ask(admin)["renewal"]["results"]
+        except (KeyError, TypeError):
+            continue
         except (OSError, http.client.HTTPException, ValueError) as error:
             trouble = why_not(admin, error)  # while an image is replaced by the next, too
             continue
         trouble = ""
-        if isinstance(last, dict) and last.get("number", 0) > begun:
-            return _tell(who, kind, last)
+        own, other = results.get(kind), results.get("upgrade")
+        if own is not None and own["number"] > begun:
+            return _tell(who, own)
+        if other is not None and other["number"] > begun and other["ok"]:
+            return _tell(who, other)
     if trouble:
         return fail(who, UNREACHABLE, f"asked, and now {trouble}")
     return fail(who, 1, f"no result within {WAIT_S:g} s; `proxyd status` shows it when it is there")
 
 
-def _tell(who: str, kind: str, last: Mapping[str, Any]) -> int:
+def _tell(who: str, last: Mapping[str, Any]) -> int:
     findings = [printable(str(line)) for line in last.get("findings", [])]
-    if last.get("kind") != kind:
-        return fail(who, 1, f"a {last.get('kind')} came first, and the daemon refused this one; ask again")
     if not last.get("ok"):
         return fail(who, 1, "\n".join([*findings, f"failed: {last.get('detail')}"]))
     return put(who, "\n".join([*findings, f"done in {last.get('took_s')} s: {last.get('detail')}"]))

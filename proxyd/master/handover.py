@@ -68,7 +68,7 @@ class Handed:
     telemetry_succeeds: bool
     renewals: int
     began_at: float
-    is_wanted: bool
+    wanted: tuple[str, ...]
     last: dict[str, Any] | None
     keeps_listeners: bool
     signals: tuple[int, ...]
@@ -142,7 +142,7 @@ def parse(document: Any) -> Handed:
         telemetry_succeeds=source.get("telemetry_succeeds", bool),
         renewals=source.get("renewals", int),
         began_at=source.number("began_at"),
-        is_wanted=source.get("is_wanted", bool),
+        wanted=source.words("wanted"),
         last=source.maybe("last", dict),
         keeps_listeners=source.get("keeps_listeners", bool),
         signals=source.numbers("signals"),
@@ -205,6 +205,12 @@ class _Reader:
 
     def maybe_number(self, key: str) -> float | None:
         return None if self._values.get(key) is None else self.number(key)
+
+    def words(self, key: str) -> tuple[str, ...]:
+        values = self.get(key, list)
+        if any(type(one) is not str for one in values):
+            raise HandoverError(f"{self._name}: {key} is of another kind")
+        return tuple(values)
 
     def numbers(self, key: str, count: int | None = None) -> tuple[int, ...]:
         values = self.get(key, list)

@@ -183,7 +183,7 @@ class Master:
         elif number is signal.SIGHUP:
             self._renewer.want_reload()
         else:
-            self._renewer.want_upgrade(is_serving=self._phase is NodePhase.SERVING)
+            self._renewer.want_upgrade()
 
     def _check(self, now: float) -> None:
         """Once a second: silence, the watchdog, the title."""

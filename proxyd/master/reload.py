@@ -11,8 +11,8 @@ Owns the steps and the result. Must not know the node's phases, configurations, 
     SETTLING -- that one has left the listeners, SETTLE_S --> IDLE      who has the result is served by the new one
              -- one died, boot_timeout_s --> IDLE     discarded; the generation before it goes on
 
-A HUP while one is under way, or while the node starts, is remembered: one more follows, however many came. A USR2 is
-refused then: an operator who upgrades wants to see it happen. Every result is a notice in shared memory, a log line,
+A HUP or USR2 while one is under way, or while the node starts, is remembered: one more of each follows, however many
+came, the upgrade first. Every result is a notice in shared memory, a log line,
 and READY=1 to the service manager, which would end a service that reloads for ever.
 """
 
@@ -37,8 +37,8 @@ from proxyd.shm.beats import Beat, State
 from proxyd.shm.notice import Notices
 
 SETTLE_S = 1.0  # workers look for orders each 0.1 s; one whose loop is held does not hold up the result
-FINDINGS_MAX = 20
-LINE_MAX = 300
+FINDINGS_MAX, FINDINGS_BRIEF = 12, 4  # twelve lines, and four in each kind's last result, fit a notice of 8 KiB
+LINE_MAX = 240
 CHECK_FAILED = 1  # the exit code of a check that found errors; any other says that it did not get so far
 
 
@@ -87,7 +87,7 @@ class Renewer:
         self._step = Step.IDLE
         self.kind = Kind.RELOAD
         self.begun = 0  # how many there were; the number of the last one
-        self.is_wanted = False  # a HUP that is remembered
+        self.wanted: set[Kind] = set()  # what is remembered
         self._began_at = 0.0
         self._inquiry: Inquiry | None = None
         self._new: Generation | None = None
@@ -95,6 +95,7 @@ class Renewer:
         self._deadline = 0.0
         self._findings: list[str] = []
         self.last: dict[str, Any] | None = None
+        self._results: dict[str, dict[str, Any]] = {}  # the last of each kind
 
     @property
     def is_idle(self) -> bool:
@@ -108,7 +109,7 @@ class Renewer:
         """When `turn` has something to do though nothing happens."""
         if self._step is Step.CHECKING and self._inquiry is not None:
             return self._inquiry.deadline
-        if self._step is Step.PLANNING:
+        if self._step is Step.PLANNING or (self.is_idle and self.wanted):
             return time.monotonic()
         return self._deadline if self._step in (Step.STARTING, Step.SETTLING) else None
 
@@ -118,36 +119,34 @@ class Renewer:
         if self._spec.renewal is None:
             self._crew.log.warning("reload_unavailable", detail=self._spec.no_renewal)
             return
-        if not self.is_idle and not self.is_wanted:
-            self._crew.log.info("reload_waits", detail=f"another {self.kind.value} is under way; one more follows it")
-        self.is_wanted = True
+        if not self.is_idle and Kind.RELOAD not in self.wanted:
+            self._crew.log.info("reload_waits", detail=f"{self.kind.value} {self.begun} is under way; it follows")
+        self.wanted.add(Kind.RELOAD)
 
-    def want_upgrade(self, *, is_serving: bool) -> None:
+    def want_upgrade(self) -> None:
         if self._spec.renewal is None:
             self._crew.log.warning("upgrade_unavailable", detail=self._spec.no_renewal)
-        elif not is_serving:
-            self._crew.log.warning("upgrade_refused", detail="the node is starting; send USR2 again when it is ready")
-        elif not self.is_idle or self.is_wanted:
-            detail = f"a {self.kind.value} is under way; send USR2 again when its result is there"
-            self._crew.log.warning("upgrade_refused", detail=detail)
-        else:
-            self._begin(Kind.UPGRADE, self._check_program)
+            return
+        if not self.is_idle and Kind.UPGRADE not in self.wanted:
+            self._crew.log.info("upgrade_waits", detail=f"{self.kind.value} {self.begun} is under way; it follows")
+        self.wanted.add(Kind.UPGRADE)
 
-    def resume(self, kind: Kind, number: int, began_at: float, *, is_wanted: bool, last: dict[str, Any] | None) -> None:
+    def resume(self, kind: Kind, number: int, began_at: float, wanted: set[Kind], last: dict[str, Any] | None) -> None:
         """In a new image: what the one before it began."""
         self.kind, self.begun, self._began_at = kind, number, began_at
-        self.is_wanted, self.last = is_wanted, last
+        self.wanted, self.last = wanted, last
+        if last is not None:
+            self._results[last["kind"]] = last
         self._move(Step.PLANNING)
 
     # --- the steps -----------------------------------------------------------------------------------------------
 
     def turn(self, readable: set[int], now: float) -> None:
         """Only while the node serves."""
-        if self._step is Step.IDLE and self.is_wanted:
-            self.is_wanted = False
-            renewal = self._spec.renewal
-            assert renewal is not None
-            self._begin(Kind.RELOAD, lambda: lambda: _examine(renewal))
+        if self._step is Step.IDLE and self.wanted:
+            kind = Kind.UPGRADE if Kind.UPGRADE in self.wanted else Kind.RELOAD
+            self.wanted.remove(kind)
+            self._begin(kind, self._check_program if kind is Kind.UPGRADE else self._check_file)
         elif self._step is Step.CHECKING:
             answer = self._inquiry.look(readable, now) if self._inquiry is not None else None
             if answer is not None:
@@ -169,7 +168,7 @@ class Renewer:
     def cancel(self) -> None:
         """The node ends: nobody waits for a result any more. A generation that starts is ended with the others."""
         self.end()
-        self.is_wanted = False
+        self.wanted.clear()
         if not self.is_idle:
             self._move(Step.IDLE)
             self._new = self._old = None
@@ -195,6 +194,11 @@ class Renewer:
             self._fail(f"the check cannot be made: {type(error).__name__}: {error}; report it")
             return
         self.publish()
+
+    def _check_file(self) -> Callable[[], int]:
+        renewal = self._spec.renewal
+        assert renewal is not None
+        return lambda: _examine(renewal)
 
     def _on_answer(self, answer: Answer) -> None:
         what = "the configuration" if self.kind is Kind.RELOAD else "the new program or its configuration"
@@ -304,6 +308,7 @@ class Renewer:
             "detail": detail[: LINE_MAX * 2],
             "findings": shown,
         }
+        self._results[self.kind.value] = self.last
         self.publish()
 
     def publish(self) -> None:
@@ -315,7 +320,8 @@ class Renewer:
                 "renewal": {
                     "begun": self.begun,
                     "under_way": under_way,
-                    "waits": self.is_wanted,
+                    "waits": sorted(kind.value for kind in self.wanted),
+                    "results": {kind: _brief(result) for kind, result in self._results.items()},
                     "unavailable": self._spec.no_renewal if self._spec.renewal is None else None,
                 },
                 "generations": self._roster.tell(),
@@ -326,6 +332,12 @@ class Renewer:
         if step not in _EDGES[self._step]:
             raise RuntimeError(f"no way from {self._step.value} to {step.value}")
         self._step = step
+
+
+def _brief(result: dict[str, Any]) -> dict[str, Any]:
+    """A result as somebody who waits for it needs it, though another one came behind."""
+    told = {name: result[name] for name in ("number", "ok", "took_s", "detail")}
+    return told | {"findings": result["findings"][:FINDINGS_BRIEF]}
 
 
 def _examine(renewal: Renewal) -> int:

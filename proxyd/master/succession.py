@@ -37,7 +37,7 @@ def collect(spec: MasterSpec, crew: Crew, roster: Roster, renewer: Renewer, sign
         telemetry_succeeds=roster.next_telemetry is not None,
         renewals=renewer.begun,
         began_at=renewer.began_at,
-        is_wanted=renewer.is_wanted,
+        wanted=tuple(kind.value for kind in renewer.wanted),
         last=renewer.last,
         keeps_listeners=crew.keeps_listeners,
         signals=signals,
@@ -92,7 +92,8 @@ def adopt(handed: Handed, spec: MasterSpec, crew: Crew, roster: Roster, renewer:
         roster.telemetry = slot
         if handed.telemetry_succeeds:
             roster.next_telemetry = spec.first.telemetry
-    renewer.resume(Kind.UPGRADE, handed.renewals, handed.began_at, is_wanted=handed.is_wanted, last=handed.last)
+    wanted = {Kind(one) for one in handed.wanted}
+    renewer.resume(Kind.UPGRADE, handed.renewals, handed.began_at, wanted, handed.last)
 
 
 def _adopt_slot(state: SlotState, generation: int, spec: MasterSpec, crew: Crew) -> Slot:

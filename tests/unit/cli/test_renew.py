@@ -42,7 +42,8 @@ class Node:
 def status(number: int = 0, *, begun: int = 0, **last: Any) -> dict[str, Any]:
     told = {"number": number, "kind": "reload", "ok": True, "took_s": 0.1, "findings": []}
     told["detail"] = "generation 2 serves"
-    renewal = {"begun": begun, "under_way": None, "waits": False, "unavailable": None}
+    renewal: dict[str, Any] = {"begun": begun, "under_way": None, "waits": [], "unavailable": None}
+    renewal["results"] = {(told | last)["kind"]: told | last} if number else {}
     return {"pid": 77, "workers": [], "renewal": renewal, "last_reload": told | last if number else None}
 
 
@@ -130,17 +131,21 @@ def test_a_demo_says_why_it_cannot(run: Any, capsys: Any) -> None:
     assert "a demo has no file" in capsys.readouterr().err
 
 
-def test_an_upgrade_is_not_asked_for_while_another_renewal_is_under_way(run: Any) -> None:
-    answer = status()
-    answer["renewal"]["under_way"] = {"kind": "reload", "step": "checking"}
-    node = Node(answer)
-    assert run(node, "upgrade") == 1
-    assert node.signalled == []
+def test_a_reload_that_came_between_is_not_taken_for_the_upgrade(run: Any) -> None:
+    node = Node(status(), status(1, kind="reload", ok=False), status(2, kind="upgrade"))
+    assert run(node, "upgrade") == 0
 
 
-def test_a_reload_that_came_between_is_not_taken_for_the_upgrade(run: Any, capsys: Any) -> None:
-    assert run(Node(status(), status(1, kind="reload")), "upgrade") == 1
-    assert "came first" in capsys.readouterr().err
+def test_an_upgrade_that_worked_has_read_the_file_and_one_that_failed_has_not(run: Any) -> None:
+    assert run(Node(status(), status(1, kind="upgrade"))) == 0
+    node = Node(status(), status(1, kind="upgrade", ok=False), status(2))
+    assert run(node) == 0
+
+
+def test_a_result_with_another_behind_it_is_found(run: Any) -> None:
+    both = status(2, kind="reload")
+    both["renewal"]["results"]["upgrade"] = both["last_reload"] | {"kind": "upgrade", "number": 1, "ok": False}
+    assert run(Node(status(), both), "upgrade") == 1
 
 
 @pytest.mark.parametrize("error", [ProcessLookupError(), PermissionError()])

@@ -32,7 +32,7 @@ def handed(**changes: Any) -> Handed:
         "telemetry_succeeds": False,
         "renewals": 9,
         "began_at": 99.25,
-        "is_wanted": True,
+        "wanted": ("reload", "upgrade"),
         "last": {"ok": True},
         "keeps_listeners": True,
         "signals": (15, 1),
