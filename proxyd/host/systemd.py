@@ -31,12 +31,13 @@ _OURS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 class Notifier:
     """The way to the manager, read once from the environment, which is then cleaned for the children."""
 
-    __slots__ = ("_address", "_taken", "watchdog_s")
+    __slots__ = ("_address", "_said", "_shown", "_taken", "watchdog_s")
 
     def __init__(self, environ: MutableMapping[str, str], pid: int | None = None) -> None:
         self._taken = {name: environ.pop(name) for name in _OURS if name in environ}
         address = self._taken.get("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._said = self._shown = ""
         self.watchdog_s: float | None = None
         interval, owner = self._taken.get("WATCHDOG_USEC", ""), self._taken.get("WATCHDOG_PID", "")
         if interval.isdigit() and int(interval) and owner in ("", str(os.getpid() if pid is None else pid)):
@@ -58,18 +59,24 @@ class Notifier:
         return self._send(lines, (), 0)
 
     def ready(self, status: str) -> None:
+        self._said, self._shown = status, ""
         self.send("READY=1", _status(status), f"MAINPID={os.getpid()}")
 
     def reloading(self, status: str) -> None:
         """A reload or an upgrade has begun. `ready` must follow, also when it was refused: systemd shows "reloading"
         until then. The time is for Type=notify-reload (253 and later); older ones pass over it."""
+        self._said, self._shown = status, ""
         self.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}", _status(status))
 
     def stopping(self, status: str) -> None:
+        self._said, self._shown = status, ""
         self.send("STOPPING=1", _status(status))
 
-    def status(self, status: str) -> None:
-        self.send(_status(status))
+    def figures(self, text: str) -> None:
+        """Live figures for `systemctl status`, behind the last words of the others; nothing is sent while they stay."""
+        line = _status(f"{self._said} ({text})" if self._said else text)
+        if line != self._shown and self.send(line):
+            self._shown = line
 
     def watchdog(self) -> None:
         self.send("WATCHDOG=1")

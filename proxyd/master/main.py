@@ -194,7 +194,10 @@ class Master:
             self._pinged_at = now
             self._spec.notifier.watchdog()
         alive = sum(slot.is_ready and slot.child is not None for slot in self._roster.workers)
-        self._set_title(f"master ({self._phase.value}, {alive} workers, {self._crew.count_streams()} streams)")
+        streams = self._crew.count_streams()
+        self._set_title(f"master ({self._phase.value}, {alive} workers, {streams} streams)")
+        if self._phase is not NodePhase.STARTING:
+            self._spec.notifier.figures(f"{alive} workers, {streams} streams")
 
     # --- the next generation -------------------------------------------------------------------------------------
 

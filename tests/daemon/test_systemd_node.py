@@ -106,6 +106,7 @@ def test_enable_now_works_at_the_first_try(installed: SystemdNode) -> None:
     assert said.count('"content":') == 3
     assert said.endswith("data: [DONE]\n\n")
     assert installed.machine.run("proxyd", "status").returncode == 0
+    wait_for(lambda: "serving (2 workers, " in installed.machine.show(UNIT, "StatusText"), PATIENCE_S, 0.2)
     assert {"listening", "ready"} <= {event["event"] for event in installed.events(cursor)}
     # The look before the start sees the kernel's settings, which the daemon's own sandbox hides.
     assert any("net.core.somaxconn" in line for line in installed.messages(cursor))
@@ -196,9 +197,9 @@ def test_a_broken_version_is_refused_before_anything_is_touched(node: SystemdNod
     assert node.machine.run(*node.curl(2)).stdout.endswith("data: [DONE]\n\n")
 
 
-def test_a_restart_refuses_nobody(node: SystemdNode) -> None:
+def test_a_restart_refuses_nobody_and_streams_end_in_the_drain(node: SystemdNode) -> None:
     pid = node.main_pid
-    with knocking(node) as ends:
+    with knocking(node) as ends, streaming(node, 30, 0.05):
         node.machine.run("systemctl", "restart", "proxyd")
         time.sleep(0.2)
     assert node.main_pid != pid

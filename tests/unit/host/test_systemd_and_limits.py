@@ -69,8 +69,20 @@ def test_a_reload_is_told_with_its_time(manager: socket.socket) -> None:
 
 
 def test_a_status_is_one_line_whatever_is_in_it(manager: socket.socket) -> None:
-    Notifier({"NOTIFY_SOCKET": manager.getsockname()}).status("it says:\nMAINPID=1\r\n")
-    assert told(manager)[0] == ["STATUS=it says: MAINPID=1"]
+    Notifier({"NOTIFY_SOCKET": manager.getsockname()}).stopping("it says:\nMAINPID=1\r\n")
+    assert told(manager)[0] == ["STOPPING=1", "STATUS=it says: MAINPID=1"]
+
+
+def test_figures_stand_behind_the_last_words_and_are_sent_when_they_change(manager: socket.socket) -> None:
+    notifier = Notifier({"NOTIFY_SOCKET": manager.getsockname()})
+    notifier.ready("serving; the last reload failed: a file")
+    told(manager)
+    for text in ("2 workers, 0 streams", "2 workers, 0 streams", "2 workers, 1 streams"):
+        notifier.figures(text)
+    notifier.watchdog()
+    assert told(manager)[0] == ["STATUS=serving; the last reload failed: a file (2 workers, 0 streams)"]
+    assert told(manager)[0] == ["STATUS=serving; the last reload failed: a file (2 workers, 1 streams)"]
+    assert told(manager)[0] == ["WATCHDOG=1"]
 
 
 def test_stored_descriptors_reach_the_manager_under_their_name(manager: socket.socket) -> None:
