@@ -7,7 +7,8 @@ Invariants:
   books are right.
 - An idle connection is watched for readability; end of stream or bytes nobody asked for close it at once.
 - A cancelled or late waiter leaves nothing behind: a connection it was just given goes back, its dial ends in the pool.
-- Bounds: max_connections, max_idle, 4 x max_connections waiters; each waiter's deadline is its caller's `timeout_s`,
+- Bounds: max_connections, max_idle, 4 x max_connections waiters; each waiter's deadline is its caller's `timeout_s`
+  (later where the loop itself was held: HELD_MOST),
   each dial's (name, TCP and TLS together) is connect_timeout.
 - A connection whose peer is about to close is out of the pool's books and left to it for LEAVE_S, at most a quarter of
   max_connections of them; then it is reset, and at once where ports are low. Either way no TIME_WAIT keeps a port.
@@ -40,6 +41,10 @@ LEAVE_S = 1.0
 # How many may be left to their peers at once, beside max_connections: descriptors that the start's check has spare.
 LEAVING_SHARE = 4
 LEAVING_LEAST = 16
+# A waiter's timer that comes later than this was held up with the loop, and the news of its connection stands behind
+# it: it waits once more for as long as the loop was held, HELD_MOST times at most. Half: the pause of a collection.
+HELD_S = 0.1
+HELD_MOST = 3
 
 
 class Ticket(pool.Waiter):
@@ -175,7 +180,8 @@ class Keeper:
         return ticket.granted
 
     async def _wait(self, ticket: Ticket, future: asyncio.Future[Connection], timeout_s: float) -> Connection:
-        timer = self._loop.call_later(max(0.0, timeout_s), self._on_late, ticket, future, timeout_s)
+        due = self._loop.time() + max(0.0, timeout_s)
+        timer = self._loop.call_at(due, self._on_late, ticket, future, timeout_s, due, HELD_MOST)
         try:
             return await future
         except asyncio.CancelledError:
@@ -187,8 +193,15 @@ class Keeper:
         finally:
             timer.cancel()
 
-    def _on_late(self, ticket: Ticket, future: asyncio.Future[Connection], timeout_s: float) -> None:
+    def _on_late(
+        self, ticket: Ticket, future: asyncio.Future[Connection], timeout_s: float, due: float, chances: int
+    ) -> None:
         if future.done():
+            return
+        held_s = self._loop.time() - due
+        if held_s > HELD_S and chances and timeout_s > 0:
+            again = self._loop.time() + min(held_s, timeout_s)
+            self._loop.call_at(again, self._on_late, ticket, future, timeout_s, again, chances - 1)
             return
         dialling = self._state.connecting >= self._state.waiting
         is_out = self._state.ceiling is not None

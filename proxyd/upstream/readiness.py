@@ -12,6 +12,7 @@ see an early answer, and both must hold for `ssl.SSLSocket`, which the loop's ow
 from __future__ import annotations
 
 import asyncio
+import select
 from enum import IntFlag
 
 
@@ -37,9 +38,9 @@ class Readiness:
         """The first direction of `wanted` that is ready, or NEITHER after `timeout_s`."""
         assert self._future is None, "one wait at a time on a descriptor"
         if timeout_s <= 0:
-            return Ready.NEITHER
+            return _look(self._fd, wanted)
         future = self._future = self._loop.create_future()
-        timer = self._loop.call_later(timeout_s, self._settle, Ready.NEITHER)
+        timer = self._loop.call_later(timeout_s, self._on_late, wanted)
         try:
             if wanted & Ready.READ:
                 self._loop.add_reader(self._fd, self._settle, Ready.READ)
@@ -61,6 +62,10 @@ class Readiness:
         if not future.done():
             future.set_exception(error)
 
+    def _on_late(self, wanted: Ready) -> None:
+        # A loop that was held runs its timers before it looks at descriptors: what came in time must not count as late.
+        self._settle(_look(self._fd, wanted))
+
     def _settle(self, ready: Ready) -> None:
         future = self._future
         if future is not None and not future.done():
@@ -70,3 +75,15 @@ class Readiness:
         self._future = None
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
+
+
+def _look(fd: int, wanted: Ready) -> Ready:
+    """What is ready at this instant. An error counts as ready: the call that follows says which."""
+    poll = select.poll()
+    poll.register(fd, (select.POLLIN if wanted & Ready.READ else 0) | (select.POLLOUT if wanted & Ready.WRITE else 0))
+    for _, events in poll.poll(0):
+        if wanted & Ready.READ and events & (select.POLLIN | select.POLLHUP | select.POLLERR):
+            return Ready.READ
+        if wanted & Ready.WRITE:
+            return Ready.WRITE
+    return Ready.NEITHER
