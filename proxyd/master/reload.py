@@ -39,6 +39,7 @@ from proxyd.shm.notice import Notices
 SETTLE_S = 1.0  # workers look for orders each 0.1 s; one whose loop is held does not hold up the result
 FINDINGS_MAX, FINDINGS_BRIEF = 12, 4  # twelve lines, and four in each kind's last result, fit a notice of 8 KiB
 LINE_MAX = 240
+TRACEBACK_END = 4  # the file and line of a syntax error, its text, the mark, the error: what is above it are imports
 CHECK_FAILED = 1  # the exit code of a check that found errors; any other says that it did not get so far
 
 
@@ -206,7 +207,8 @@ class Renewer:
             self._fail(f"{what} has errors; nothing was changed", answer.findings)
         elif answer.code != 0 or (self.kind is Kind.UPGRADE and not any(YES in line for line in answer.findings)):
             runner = "the check" if self.kind is Kind.RELOAD else "the new program"
-            self._fail(f"{runner} cannot run: {answer.end}; nothing was changed", [*answer.findings, *answer.errors])
+            last_words = answer.errors[-TRACEBACK_END:]
+            self._fail(f"{runner} cannot run: {answer.end}; nothing was changed", [*last_words, *answer.findings])
         elif self.kind is Kind.RELOAD:
             self._findings = answer.findings
             self._start()

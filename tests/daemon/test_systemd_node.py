@@ -191,6 +191,8 @@ def test_a_broken_version_is_refused_before_anything_is_touched(node: SystemdNod
     node.machine.write(module, good)
     assert upgraded.returncode == 1, upgraded.stdout + upgraded.stderr
     assert "cannot run" in upgraded.stderr
+    assert "drain.py" in upgraded.stderr
+    assert "SyntaxError" in upgraded.stderr
     assert not node.status()["last_reload"]["ok"]
     assert (node.main_pid, node.workers()) == (pid, workers)
     assert node.is_active
