@@ -89,6 +89,7 @@ class Connection:
         "has_ended",
         "held",
         "origin",
+        "peer_closes",
         "reused",
         "sock",
         "state",
@@ -117,6 +118,7 @@ class Connection:
         self.dialled_at_s = dialled_at_s
         self.held: Held | None = None  # its local port, in the keeper's books
         self.has_ended = False  # the last answer was read to its end
+        self.peer_closes = False  # and the peer announced that this was the last
         self._tls = tls
         self._loop = loop
         self._on_release = on_release
@@ -204,6 +206,7 @@ class Connection:
         the peer has closed it. Only the first call counts."""
         if self.state is State.BUSY:
             self.has_ended = reusable or ended
+            self.peer_closes = ended and not reusable
             self._on_release(self, reusable)
 
     def remember_session(self) -> None:

@@ -255,7 +255,7 @@ class Keeper:
                 self._loop.add_reader(conn.fd, self._on_idle_readable, conn)
             case pool.Close(conn=conn):
                 is_low = self._ports.is_low
-                may_leave = conn.has_ended and conn.state is State.BUSY and not (is_low or self._state.closed)
+                may_leave = conn.peer_closes and conn.state is State.BUSY and not (is_low or self._state.closed)
                 if may_leave and not conn.is_over():
                     self._leave(conn)
                 else:

@@ -45,6 +45,19 @@ def test_a_peer_that_closes_by_itself_is_waited_for_and_keeps_the_time_wait(in_l
     in_loop(scene)
 
 
+def test_a_connection_that_is_too_old_is_not_waited_for_the_peer_would_keep_it(in_loop: Callable[..., None]) -> None:
+    async def scene(world: Any) -> None:
+        port = await world.peers.serve(echo)
+        upstreams = world.upstreams({"url": f"http://127.0.0.1:{port}", "max_age": "10s"})
+        conn = await upstreams.acquire(upstreams.origins["up"], timeout_s=5.0)
+        world.clock.advance(10.0)
+        conn.release(True)
+        assert conn.state is State.CLOSED
+        assert world.metrics.read("proxyd_upstream_keepalive_refused_total", upstream="up") == 0
+
+    in_loop(scene)
+
+
 def test_a_peer_that_has_closed_already_is_closed_at_once(in_loop: Callable[..., None]) -> None:
     async def scene(world: Any) -> None:
         port = await world.peers.serve(echo)
