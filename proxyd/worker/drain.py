@@ -39,8 +39,11 @@ class Window:
     end: float
 
 
-def window_of_term(began: float, deadline: float) -> Window:
-    """The second half of a drain that began at `began`; nothing but its end where it is short."""
+def window_of_term(began: float, deadline: float, retire_by: float | None = None) -> Window:
+    """The second half of a drain that began at `began`; nothing but its end where it is short. `retire_by`: of a worker
+    that was retiring, for whom the master waits no longer than it would have then."""
+    if retire_by is not None:
+        deadline = max(began, min(deadline, retire_by + RETIRE_SPREAD_S))
     timeout_s = deadline - began
     return Window(deadline if timeout_s < SHORT_S else began + timeout_s / 2, deadline)
 

@@ -153,7 +153,7 @@ async def _end(context: Context, services: Services, beat: Beat, stop: _Stop) ->
         why = "stopped" if context.standing.has_master else "orphaned"
         _enter(context, State.DRAINING)
         began = clock.monotonic()
-        await drain(services, clock, lambda: window_of_term(began, stop.deadline))
+        await drain(services, clock, lambda: window_of_term(began, stop.deadline, beat.retire_by_s))
     else:
         await drain(services, clock, lambda: end)
     report = tale.report(why, clock.monotonic())

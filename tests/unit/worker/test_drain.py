@@ -105,6 +105,12 @@ def test_a_short_term_ends_them_at_its_end() -> None:
     assert window_of_term(100.0, 100.0) == Window(100.0, 100.0)
 
 
+def test_a_term_gives_a_retiring_worker_no_more_time_than_it_had() -> None:
+    assert window_of_term(100.0, 220.0, 110.0) == Window(106.0, 112.0)
+    assert window_of_term(100.0, 105.0, 110.0) == Window(102.5, 105.0)
+    assert window_of_term(100.0, 220.0, 97.0) == Window(100.0, 100.0)
+
+
 def test_a_generation_that_retires_has_all_of_its_time() -> None:
     assert window_of_retire(220.0).begin == 220.0
 
