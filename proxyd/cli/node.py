@@ -22,7 +22,7 @@ from proxyd.host.passage import Passage
 from proxyd.host.sockets import Listeners, count_time_wait
 from proxyd.log import Log
 from proxyd.master.spec import GenerationSpec
-from proxyd.shm.beats import Beat
+from proxyd.shm.beats import Beat, State
 from proxyd.shm.ledger import Ledger
 from proxyd.shm.metrics import read
 from proxyd.shm.region import Region
@@ -124,6 +124,8 @@ class Node:
                         stop,
                         clock=context.clock,
                         enter=Beat(self.region, birth.seat).enter,
+                        # A node that serves ends this process for a successor alone.
+                        is_replaced=lambda: Beat(self.region, self.region.master).state is State.READY,
                         ledger=self.ledger,
                         questions=self.questions,
                         epoch=birth.epoch,

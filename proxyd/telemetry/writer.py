@@ -96,6 +96,7 @@ class Settings:
     drain_s: float = DRAIN_S
     epoch: int = 0  # this process's own: of its node's life are the streams whose epochs go with it
     spool_max: int = 0
+    is_replaced: Callable[[], bool] = lambda: False  # see run()
 
 
 async def run(
@@ -108,23 +109,21 @@ async def run(
     clock: Clock = SYSTEM,
     drain_s: float = DRAIN_S,
     enter: Callable[[State], None] = lambda state: None,
+    is_replaced: Callable[[], bool] = lambda: False,
     ledger: Accounts | None = None,
     questions: Channel | None = None,
     epoch: int = 0,
 ) -> None:
     """The telemetry process's life: returns when `stop` is set and all closed streams are stored, or `drain_s` later.
 
-    `enter` is told what status shows of the process: waiting for another's lock, failing, ready. `ledger` (the node's
-    shm.ledger.Ledger), `questions` (the node's Channel) and `epoch` (of this process's birth) belong together: without
-    them nobody is told what users have spent.
-    Raises SpoolError when server.state_dir is missing or not ours; nothing else that the disk or the database does
-    ends it.
+    `enter` is told what status shows: waiting for another process, failing, ready. `is_replaced`, asked in
+    a stop: a successor stores what living workers write. `ledger` (the node's shm.ledger.Ledger), `questions` (its
+    Channel) and `epoch` (of this process's birth) belong together: without them nobody is told what users have spent.
+    Raises SpoolError when server.state_dir is missing or not ours; nothing else of disk or database ends it.
     """
     directory = ensure_spool_dir(config.server.state_dir)
-    telemetry = config.telemetry
-    settings = Settings(
-        telemetry.linger, telemetry.batch_rows, telemetry.retention, drain_s, epoch, telemetry.spool_max
-    )
+    own = config.telemetry
+    settings = Settings(own.linger, own.batch_rows, own.retention, drain_s, epoch, own.spool_max, is_replaced)
     async with only_one(Path(config.server.state_dir) / LOCK_NAME, stop, log, clock, enter) as is_ours:
         if is_ours:
             desk = None
@@ -279,7 +278,8 @@ class Writer:
 
     def _is_over(self, is_idle: bool) -> bool:
         """True when a stop was asked for, and nothing more can come or its time is up."""
-        return self._stop.is_set() and ((is_idle and not self._gatherer.streams) or self._time_left() <= 0)
+        is_done = is_idle and (not self._gatherer.streams or self._settings.is_replaced())
+        return self._stop.is_set() and (is_done or self._time_left() <= 0)
 
     def _wait(self, is_idle: bool, sleeper: Sleeper) -> float:
         """How long until the next look. A question, a stop, and a write to an idle spool end it early."""

@@ -121,3 +121,20 @@ async def test_a_store_that_opens_again_while_nothing_waits_has_recovered(world:
         await asyncio.sleep(0.01)
     stop.set()
     await asyncio.wait_for(life, 60)
+
+
+async def test_one_that_is_replaced_stores_what_is_there_and_leaves_the_living_writers_to_its_successor(
+    world: World,
+) -> None:
+    spool = world.writer()
+    spool.intent(intent(1))
+    spool.final(final(1))
+    spool.intent(intent(2))
+    world.turn()
+    stop = asyncio.Event()
+    stop.set()
+    settings = Settings(0.0, 10, 0.0, 3600.0, is_replaced=lambda: True)
+    store = SqliteStore(world.database, "os")
+    life = Writer(world.spool, store, settings, world.metrics, world.log, stop).serve()
+    await asyncio.wait_for(life, 60)  # an hour, were it to wait for the writer
+    assert len(world.rows()) == 1
