@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +93,10 @@ class Plan:
         turns = [(kind, "") for kind in good]
         for number, how in enumerate(self.broken):
             kind = "reload" if how in FILES else "upgrade"
-            turns.insert((number + 1) * (len(good) + 1) // (len(self.broken) + 1) + number, (kind, how))
+            at = (number + 1) * (len(good) + 1) // (len(self.broken) + 1) + number
+            # The image whose workers cannot boot is in place then, so a good one must follow before any reload.
+            at += how == "no_boot" and turns[at : at + 1] == [("reload", "")]
+            turns.insert(at, (kind, how))
         return turns
 
 
@@ -267,7 +271,12 @@ def kill_some(daemon: InstalledDaemon, outcome: Outcome, within_s: float) -> Non
 
 
 def served_models(daemon: InstalledDaemon) -> list[str]:
-    status, body = daemon.get("/v1/models", Authorization=f"Bearer {daemon.token()}")
+    """Empty, and noted, if nobody answered."""
+    try:
+        status, body = daemon.get("/v1/models", Authorization=f"Bearer {daemon.token()}")
+    except OSError as error:
+        daemon.unanswered.append(f"GET /v1/models: {type(error).__name__}: {error}")
+        return []
     assert status == 200, body
     return [one["id"] for one in json.loads(body)["data"]]
 
@@ -331,6 +340,8 @@ def describe(outcome: Outcome) -> str:
         f"streams: {streams['begun']} begun, {streams['whole']} whole, failed {streams['failed']}, "
         f"by status {streams['statuses']}; {outcome.ended_by_drain} ended by drain_timeout",
     ]
+    codes = Counter(re.sub(r'.*"code":"(\w+)".*', r"\1", one.detail)[:40] for one in outcome.failures)
+    lines += [f"  codes of failures: {dict(codes.most_common(8))}"] if codes else []
     for report in outcome.reports:
         first, whole = ({name: us / 1e3 for name, us in report[key].items()} for key in ("first_byte", "took"))
         lines.append(
