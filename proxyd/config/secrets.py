@@ -106,6 +106,7 @@ class _Reader:
         self.environ = environ
         self.findings: list[Finding] = []
         self.credentials: dict[str, str] = {}  # credential name -> the path it stands for
+        self.blank: set[str] = set()  # names of credentials with nothing in them
 
     def find(self, severity: Literal["error", "warning"], key: KeyPath, message: str, remedy: str) -> None:
         line, name = self.config.line_of(*key), self.config.name_of(*key)
@@ -248,8 +249,11 @@ class _Reader:
         return data
 
     def how_to_be_let_in(self, path: str) -> str:
+        name = os.path.basename(path)
+        if name in self.blank:
+            return f"when systemd read it for the credential {name}, it was missing or empty: correct it, then restart"
         if self.environ.get("CREDENTIALS_DIRECTORY"):
-            line = f"LoadCredential={os.path.basename(path)}:{path}"
+            line = f"LoadCredential={name}:{path}"
             return f"the unit needs the line {line}, and a restart: systemd reads credentials at the start"
         return f"ask as the daemon's user or root (this is uid {os.geteuid()}), or correct its owner"
 
@@ -263,6 +267,7 @@ class _Reader:
         try:
             # A line end alone is what the unit's SetCredential= puts in the place of a file that is missing.
             if os.stat(candidate).st_size <= 1:
+                self.blank.add(name)
                 return None
         except OSError:
             return None

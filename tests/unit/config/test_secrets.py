@@ -1,5 +1,6 @@
 """Secrets: where they come from, who may read them, and that they are never printed."""
 
+import errno
 import json
 import os
 import pickle
@@ -121,6 +122,22 @@ def test_a_blank_credential_stands_for_a_file_that_systemd_did_not_find(tmp_path
     assert f"cannot read {tmp_path}/s: No such file" in found.message
     keep(tmp_path / "s", SECRET.encode())
     assert resolve(config, environ)[0].jwt == Secret(SECRET.encode())
+
+
+def test_a_file_whose_credential_is_blank_and_that_is_roots_was_empty_when_systemd_read_it(tmp_path, monkeypatch):
+    (tmp_path / "credentials").mkdir()
+    keep(tmp_path / "credentials" / "s", b"\n")
+    monkeypatch.setattr(os, "open", _refuse)
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path / "credentials")}
+    (blank,) = errors(with_auth('secret_file = "/etc/proxyd/s"'), environ)
+    assert "the credential s, it was missing or empty" in blank.remedy
+    assert "restart" in blank.remedy
+    (unnamed,) = errors(with_auth('secret_file = "/etc/proxyd/other"'), environ)
+    assert "LoadCredential=other:/etc/proxyd/other" in unnamed.remedy
+
+
+def _refuse(path, *_):
+    raise PermissionError(errno.EACCES, "Permission denied", path)
 
 
 def test_one_credential_does_not_stand_for_two_files(tmp_path):
