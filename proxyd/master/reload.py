@@ -207,8 +207,9 @@ class Renewer:
             self._fail(f"{what} has errors; nothing was changed", answer.findings)
         elif answer.code != 0 or (self.kind is Kind.UPGRADE and not any(YES in line for line in answer.findings)):
             runner = "the check" if self.kind is Kind.RELOAD else "the new program"
-            last_words = answer.errors[-TRACEBACK_END:]
-            self._fail(f"{runner} cannot run: {answer.end}; nothing was changed", [*last_words, *answer.findings])
+            why = f": {answer.errors[-1]}" if answer.errors else ""
+            lines = [*answer.errors[-TRACEBACK_END:], *answer.findings]
+            self._fail(f"{runner} cannot run: {answer.end}{why}; nothing was changed", lines)
         elif self.kind is Kind.RELOAD:
             self._findings = answer.findings
             self._start()

@@ -146,11 +146,12 @@ class InstalledDaemon(Daemon):
         self.installed = Installed(folder)
         self.environ["PYTHONPATH"] = str(self.installed.path)
         self.unanswered: list[str] = []  # of the admin socket
+        self.command = [sys.executable, "-m", "proxyd", "-c", str(self.config)]
 
     def start(self) -> None:
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "proxyd", "-c", str(self.config)],
+                self.command,
                 stdout=log, stderr=log, cwd=self.installed.path, env=self.environ,
             )  # fmt: skip
         wait_for(self._is_ready, 30)
