@@ -35,6 +35,7 @@ def run(
 ) -> int:
     """Serves on until a signal ends it; returns the exit code."""
     notifier = Notifier(environ)
+    notifier.watchdog()  # the first sign of life since execve: the imports before it may take seconds on a busy machine
     own = dict(environ)
     for fd in handed.fds:
         os.set_inheritable(fd, False)

@@ -18,6 +18,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from proxyd.cli.output import fail, printable, put
@@ -32,7 +33,18 @@ WAIT_S = 150.0
 LOOK_S = 0.1
 _SIGNALS = {"reload": signal.SIGHUP, "upgrade": signal.SIGUSR2}
 _ADMIN = re.compile(r'^\s*admin\s*=\s*"([^"\n]+)"', re.MULTILINE)
+WHY = "; its log says why: journalctl -u proxyd"
 _DEFAULT = "unix:/run/proxyd/admin.sock"
+
+
+@dataclass(frozen=True, slots=True)
+class _Daemon:
+    """Whom we signalled: the pid stays over an upgrade, so another one has had no part in this."""
+
+    pid: int
+    begun: int
+    ask: Callable[[], dict[str, Any]]
+    has_ended: Callable[[], bool]
 
 
 def run(
@@ -65,15 +77,25 @@ def run(
         return fail(who, UNREACHABLE, f"process {pid} is gone: the daemon has ended, or runs in another container")
     except PermissionError:
         return fail(who, UNREACHABLE, f"may not signal process {pid}: ask as root or as the daemon's user")
-    return _wait(who, kind, admin, int(renewal.get("begun", 0)), ask, clock, sleep)
+
+    def has_ended() -> bool:
+        try:
+            kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+        return False
+
+    daemon = _Daemon(pid, int(renewal.get("begun", 0)), lambda: ask(admin), has_ended)
+    return _wait(who, kind, admin, daemon, clock, sleep)
 
 
 def _wait(
     who: str,
     kind: str,
     admin: Listen,
-    begun: int,
-    ask: Callable[[Listen], dict[str, Any]],
+    daemon: _Daemon,
     clock: Callable[[], float],
     sleep: Callable[[float], None],
 ) -> int:
@@ -82,17 +104,23 @@ def _wait(
     while clock() < until:
         sleep(LOOK_S)
         try:
-            results = ask(admin)["renewal"]["results"]
+            status = daemon.ask()
+            if status["pid"] != daemon.pid:
+                other_pid = f"and process {status['pid']} serves"
+                return fail(who, 1, f"the daemon, process {daemon.pid}, ended meanwhile, {other_pid}{WHY}")
+            results = status["renewal"]["results"]
         except (KeyError, TypeError):
             continue
         except (OSError, http.client.HTTPException, ValueError) as error:
             trouble = why_not(admin, error)  # while an image is replaced by the next, too
+            if daemon.has_ended():
+                return fail(who, UNREACHABLE, f"the daemon, process {daemon.pid}, ended meanwhile{WHY}")
             continue
         trouble = ""
         own, other = results.get(kind), results.get("upgrade")
-        if own is not None and own["number"] > begun:
+        if own is not None and own["number"] > daemon.begun:
             return _tell(who, own)
-        if other is not None and other["number"] > begun and other["ok"]:
+        if other is not None and other["number"] > daemon.begun and other["ok"]:
             return _tell(who, other)
     if trouble:
         return fail(who, UNREACHABLE, f"asked, and now {trouble}")

@@ -218,6 +218,7 @@ class Master:
             signals = tuple(int(number) for number in self._pipe.take())
             handed = self._collect(signals)
             self._log.flush()
+            self._spec.notifier.watchdog()  # the next image has the whole WatchdogSec= until it is loaded
             why = upgrade.replace(renewal.program, self._spec.notifier.environ_for_exec(), handed)
         for number in signals:
             self._on_signal(signal.Signals(number))

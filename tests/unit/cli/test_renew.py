@@ -101,6 +101,26 @@ def test_a_daemon_that_goes_away_meanwhile_is_unreachable(run: Any) -> None:
     assert run(Node(status(), ConnectionRefusedError())) == renew.UNREACHABLE
 
 
+def test_a_daemon_that_was_started_anew_meanwhile_is_told_at_once(run: Any, capsys: Any) -> None:
+    node = Node(status(), status() | {"pid": 78})
+    assert run(node) == 1
+    assert node.now < 1
+    assert "process 77, ended meanwhile, and process 78 serves" in capsys.readouterr().err
+
+
+def test_a_daemon_that_ended_meanwhile_is_not_waited_for(run: Any, capsys: Any) -> None:
+    node = Node(status(), ConnectionRefusedError())
+
+    def kill(pid: int, number: int) -> None:
+        if number == 0:
+            raise ProcessLookupError
+
+    node.kill = kill  # type: ignore[method-assign]
+    assert run(node) == renew.UNREACHABLE
+    assert node.now < 1
+    assert "journalctl" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("answer", [FileNotFoundError(), ConnectionRefusedError(), PermissionError(), ValueError("x")])
 def test_nobody_is_signalled_where_nobody_answers(run: Any, answer: Exception) -> None:
     node = Node(answer)
