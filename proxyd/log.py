@@ -166,6 +166,12 @@ class Sink:
                 self._may_nowait = False
         return os.write(self.fd, data)
 
+    def close(self) -> None:
+        """Closes what it opened itself."""
+        if self._path and self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
     def reopen(self) -> str | None:
         """Opens the path anew (after logrotate moved the file); on failure the old file stays. Returns what failed."""
         if not self._path:
@@ -272,6 +278,12 @@ class Log:
         for event, rate in self._rates.items():
             self._close_window(event, rate, now)
         self.flush()
+
+    def close(self) -> None:
+        """The end of a log that another one has replaced."""
+        self.end()
+        if self._access is not None:
+            self._access.close()
 
     def reopen(self) -> None:
         """Opens log files anew (USR1); one that cannot be opened keeps its descriptor, and the event log says so."""

@@ -34,7 +34,7 @@ def differences(before: Mapping[str, Any], config: Config) -> list[str]:
         section, _, option = key.partition(".")
         line = config.line_of(section, option)
         was, now = (old[0], shown) if old[0] != shown else (f"{old[0]} (another password)", shown)
-        change = f"was {was} at the start, is {now} now; only a restart changes it"
+        change = f"was {was} at the start, is {now} now; only a restart changes that"
         told.append(f"error {config.file}:{line} {key}: {change}")
     return told
 

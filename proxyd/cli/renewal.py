@@ -79,10 +79,10 @@ class FileRenewal:
             raise Refused(f"log.access: cannot open {config.log.access}: {error.strerror}") from error
         return self._node.generation(config, secrets, new, log)
 
-    def hand_over(self) -> dict[str, Any]:
-        options = self._logs[-1][1]
-        log = {"level": options.level, "format": options.format, "access": options.access}
-        return self._node.hand_over() | {"fixed": self._fixed, "log": log}
+    def hand_over(self, log: Log) -> dict[str, Any]:
+        options = next(options for made, options in self._logs if made is log)
+        words = {"level": options.level, "format": options.format, "access": options.access}
+        return self._node.hand_over() | {"fixed": self._fixed, "log": words}
 
     def _log_for(self, options: LogOptions, log: Log) -> Log:
         """The log in use where it is as the options want it."""

@@ -26,6 +26,7 @@ from enum import Enum
 from typing import Any
 
 from proxyd.host.sockets import Listeners
+from proxyd.log import Log
 from proxyd.master.crew import Crew
 from proxyd.master.generations import Generation, NoSeats, tell_no_seats
 from proxyd.master.handover import YES
@@ -37,8 +38,8 @@ from proxyd.shm.beats import Beat, State
 from proxyd.shm.notice import Notices
 
 SETTLE_S = 1.0  # workers look for orders each 0.1 s; one whose loop is held does not hold up the result
-FINDINGS_MAX, FINDINGS_BRIEF = 12, 4  # twelve lines, and four in each kind's last result, fit a notice of 8 KiB
-LINE_MAX = 240
+FINDINGS_MAX, FINDINGS_BRIEF = 8, 3  # eight lines, and three in each kind's last result, fit a notice of 8 KiB
+LINE_MAX = 400
 TRACEBACK_END = 4  # the file and line of a syntax error, its text, the mark, the error: what is above it are imports
 CHECK_FAILED = 1  # the exit code of a check that found errors; any other says that it did not get so far
 
@@ -236,6 +237,7 @@ class Renewer:
             self._new = self._roster.begin(plan, now)
         except NoSeats as error:
             plan.listeners.release(serving.spec.listeners)
+            _close(plan.log, serving.spec.log)
             self._fail(tell_no_seats(error, self._roster.seats.count, self._roster.generations, now))
             return
         self._deadline = now + self._spec.boot_timeout_s
@@ -253,12 +255,14 @@ class Renewer:
             self._on_promoted(new.spec.listeners, old.spec.listeners)
             self._roster.promote(new, now)
             self._crew.log = new.spec.log
+            _close(old.spec.log, new.spec.log)
             self._deadline = now + SETTLE_S
             self._move(Step.SETTLING)
             self.publish()
             return
         self._new = None
         self._roster.discard(new, now)
+        _close(new.spec.log, self._crew.log)
         if failed is not None:
             why = f"{failed.spec.name} of generation {new.number} did not start: {failed.end}"
         else:
@@ -335,6 +339,12 @@ class Renewer:
         if step not in _EDGES[self._step]:
             raise RuntimeError(f"no way from {self._step.value} to {step.value}")
         self._step = step
+
+
+def _close(log: Log, used: Log) -> None:
+    """A log that nobody here writes to any more; children have their own hold on the file."""
+    if log is not used:
+        log.close()
 
 
 def _brief(result: dict[str, Any]) -> dict[str, Any]:

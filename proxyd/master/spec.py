@@ -65,7 +65,7 @@ class Renewal(Protocol):
         the one in use, and is in the plan again unless the configuration wants another."""
         ...
 
-    def hand_over(self) -> dict[str, Any]:
+    def hand_over(self, log: Log) -> dict[str, Any]:
         """What its successor in another image of the program needs: plain JSON. "fds": all descriptors in it;
         "memory": those that the check of the new program looks into."""
         ...

@@ -24,7 +24,7 @@ __all__ = ["Handed", "adopt", "collect"]
 def collect(spec: MasterSpec, crew: Crew, roster: Roster, renewer: Renewer, signals: tuple[int, ...]) -> Handed:
     assert spec.renewal is not None
     listeners = roster.serving.spec.listeners
-    node = spec.renewal.hand_over()
+    node = spec.renewal.hand_over(roster.serving.spec.log)
     lifelines = crew.lifelines.fds()
     return Handed(
         pid=os.getpid(),

@@ -12,6 +12,7 @@ until they are reaped, in whichever image.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ from proxyd.master.signals import HANDLED, IGNORED_BY_CHILDREN
 from proxyd.master.spec import Program
 
 CHECK_OPTION = "--check-upgrade"
+NICE = 5  # a second of a core for the imports, which workers that serve should not miss; the new image is not nice
 EXIT_NO_PROGRAM = 127  # as a shell says it
 
 
@@ -34,6 +36,8 @@ def check_program(program: Program, document: dict[str, Any], memory: Iterable[i
         state_fd = handover.write(document)
         for fd in (state_fd, *memory):
             os.set_inheritable(fd, True)
+        with contextlib.suppress(OSError):
+            os.nice(NICE)
         try:
             environ = program.environ | {handover.ENV: str(state_fd)}
             os.execve(program.path, [*program.argv, CHECK_OPTION], environ)  # noqa: S606  that is the point

@@ -124,10 +124,12 @@ def test_a_reload_serves_the_new_file_and_streams_of_the_old_one_end_whole(
 def test_what_a_reload_refuses_changes_nothing_and_is_told_everywhere(
     upstream: Callable[..., Upstream], tmp_path: Path
 ) -> None:
-    with node(tmp_path, upstream(at_once), server=SERVER) as daemon:
+    with (
+        node(tmp_path, upstream(at_once), server=SERVER) as daemon,
+        socket.create_server(("127.0.0.1", 0)) as taken,
+    ):
         good = daemon.config.read_text()
         pids = set(daemon.children())
-        taken = socket.create_server(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         wrong = {
             "unknown key": (good.replace("workers = 2", "workerz = 2"), "did you mean workers"),
@@ -145,7 +147,6 @@ def test_what_a_reload_refuses_changes_nothing_and_is_told_everywhere(
             assert not status(daemon)["last_reload"]["ok"]
             assert set(daemon.children()) == pids, name
             assert ask(daemon, "/v1/chat/completions", CHAT).body().endswith(DONE)
-        taken.close()
         assert daemon.log().count('"event":"reload_failed"') == len(wrong)
         daemon.config.write_text(good)
         assert command(daemon, "reload").returncode == 0
@@ -204,3 +205,19 @@ def new_worker(daemon: Daemon, before: set[int]) -> int:
             if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"proxyd: worker"):
                 return pid
     return 0
+
+
+def test_reloads_in_a_row_with_another_log_leave_no_descriptor(
+    upstream: Callable[..., Upstream], tmp_path: Path
+) -> None:
+    with node(tmp_path, upstream(at_once), server="workers = 1") as daemon:
+        assert daemon.process is not None
+        change(daemon, "[log]\n", f'[log]\naccess = "{tmp_path}/0.log"\n')
+        counts = []
+        for number in range(1, 9):
+            change(daemon, f"{number - 1}.log", f"{number}.log")
+            daemon.process.send_signal(signal.SIGHUP)
+            wait_for(lambda wanted=number: (status(daemon)["last_reload"] or {}).get("number") == wanted)
+            wait_for(lambda: len(status(daemon)["generations"]) == 1 and len(daemon.children()) == 2, 20)
+            counts.append(len(os.listdir(f"/proc/{daemon.process.pid}/fd")))
+        assert max(counts[1:]) <= counts[0] + 1, counts  # an old telemetry that is just ending

@@ -174,7 +174,7 @@ class Next:
         count = wish.get("workers", self._workers)
         return self._make(listeners.renewed(_addresses(), count, 64), count, wish)
 
-    def hand_over(self) -> dict[str, Any]:
+    def hand_over(self, log: Log) -> dict[str, Any]:
         return {"fds": [], "memory": []}
 
 
