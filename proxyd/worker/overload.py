@@ -2,65 +2,93 @@
 
 Owns the judgement, from how late each pulse was. Must not know loops or requests; the time is passed in.
 
-    pulses    . . . x  x  x  x  x  x  . . . . . . .       x: more than LATE_S after it was due    .: in time
+    pulses    . . . x  x  x  x  x  x  . . . . . . .      x: later than `late_s`    .: in time, less than `timely_s`
                     |<--- streak --->|
-    unready            >= UNREADY_AFTER_S ............ until CALM_S of pulses in time
-    refusing                 >= REFUSE_AFTER_S .. until CALM_REFUSE_S of them
+    episode                 >= after_s ........... until calm_s of pulses in time
 
-Invariant: a streak ends with one pulse in time, and one late pulse is none. So a process that was stopped and goes on
-(SIGSTOP, a suspended machine), however often, serves what waited.
+Two kinds of episode: unready, so that a balancer sends its requests elsewhere; refusing, for what comes all the same.
+
+Invariant: a streak ends with one pulse in time, and LEAST_PULSES late ones make it. So a process that was stopped and
+goes on (SIGSTOP, a suspended machine), however often, serves what waited.
 """
 
 from __future__ import annotations
 
-__all__ = ["CALM_REFUSE_S", "CALM_S", "LATE_S", "REFUSE_AFTER_S", "TIMELY_S", "UNREADY_AFTER_S", "LagWatch"]
+from dataclasses import dataclass
 
-# Ten pulses. Half is what a machine does that is busy with something else, twice is past many clients' patience.
-LATE_S = 1.0
-# What is less late than this is in time; what lies between neither makes a streak nor ends one.
-TIMELY_S = 0.25
-# A balancer that asks every second or two then sends its requests elsewhere.
-UNREADY_AFTER_S = 2.0
-# It had its time to do so. From then on new requests are refused, or those who are served would wait for all others.
-REFUSE_AFTER_S = 5.0
-# Less, and the answer to "is it ready" changes with each request that was refused.
-CALM_S = 2.0
-# Five pulses. A loop that is in time has room, and the next request must not pay for those before it.
-CALM_REFUSE_S = 0.5
-# Late pulses that make an episode. With two, a process that is stopped twice in a row would be overloaded.
+__all__ = ["REFUSING", "UNREADY", "Episode", "LagWatch", "Rule"]
+
+# With two, a process that is stopped twice in a row would be overloaded.
 LEAST_PULSES = 3
 
 
-class LagWatch:
-    """Fed with each pulse."""
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """When an episode begins and ends. A pulse between `timely_s` and `late_s` neither makes a streak nor ends one."""
 
-    __slots__ = ("_calm_since", "_late", "_since", "is_overloaded", "is_refusing", "lag_s")
+    late_s: float
+    timely_s: float
+    after_s: float
+    calm_s: float
+
+
+# A second is ten pulses. Half is what a machine does that is busy with something else, twice is past the patience of
+# who types. A balancer asks every second or two; calmer sooner, and the answer changes with each burst.
+UNREADY = Rule(late_s=1.0, timely_s=0.25, after_s=2.0, calm_s=2.0)
+# Answers of a model take seconds anyway: a loop that is two seconds late still serves, and a 503 would not. Past three,
+# for ten seconds, each one more makes all others wait until their clients leave; the balancer had its time.
+REFUSING = Rule(late_s=3.0, timely_s=1.0, after_s=10.0, calm_s=0.5)
+
+
+class Episode:
+    """One rule, fed with each pulse."""
+
+    __slots__ = ("_calm_since", "_late", "_rule", "_since", "is_on")
+
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
+        self._late = 0
+        self._since = 0.0
+        self._calm_since: float | None = None
+        self.is_on = False
+
+    def see(self, lag_s: float, now: float) -> None:
+        rule = self._rule
+        if lag_s > rule.timely_s:
+            self._calm_since = None
+            if lag_s > rule.late_s:
+                if not self._late:
+                    self._since = now
+                self._late += 1
+                self.is_on |= self._late >= LEAST_PULSES and now - self._since >= rule.after_s
+            return
+        self._late = 0
+        if self._calm_since is None:
+            self._calm_since = now
+        self.is_on &= now - self._calm_since < rule.calm_s
+
+
+class LagWatch:
+    """Both episodes of a worker."""
+
+    __slots__ = ("_refusing", "_unready", "lag_s")
 
     def __init__(self) -> None:
-        self._since = 0.0
-        self._late = 0
-        self._calm_since: float | None = None
-        self.is_overloaded = False
-        self.is_refusing = False
+        self._unready, self._refusing = Episode(UNREADY), Episode(REFUSING)
         self.lag_s = 0.0
         """How late the last late pulse was."""
 
     def see(self, lag_s: float, now: float) -> None:
         """A pulse came `lag_s` after it was due."""
-        if lag_s > LATE_S:
+        if lag_s > UNREADY.late_s:
             self.lag_s = lag_s
-            self._calm_since = None
-            if not self._late:
-                self._since = now
-            self._late += 1
-            if self._late >= LEAST_PULSES:
-                self.is_overloaded |= now - self._since >= UNREADY_AFTER_S
-                self.is_refusing |= now - self._since >= REFUSE_AFTER_S
-        elif lag_s > TIMELY_S:
-            self._calm_since = None
-        else:
-            self._late = 0
-            if self._calm_since is None:
-                self._calm_since = now
-            self.is_refusing &= now - self._calm_since < CALM_REFUSE_S
-            self.is_overloaded &= now - self._calm_since < CALM_S
+        self._unready.see(lag_s, now)
+        self._refusing.see(lag_s, now)
+
+    @property
+    def is_overloaded(self) -> bool:
+        return self._unready.is_on
+
+    @property
+    def is_refusing(self) -> bool:
+        return self._refusing.is_on

@@ -5,7 +5,7 @@ what it was: its successors serve.
 
     starting, draining     what the process says of itself
     spool_unavailable      rows cannot be written, or the spool is full: billable requests get 503, too
-    overloaded             out of descriptors, or the loop late for UNREADY_AFTER_S; late for REFUSE_AFTER_S: 503, too
+    overloaded             out of descriptors, or the loop late (overload.UNREADY); later still (REFUSING): 503, too
 """
 
 from __future__ import annotations
