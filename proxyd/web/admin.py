@@ -36,6 +36,7 @@ from proxyd.web.status import build_status
 # A revocation is three short fields; more is a mistake.
 MAX_BODY_BYTES = 16 * 1024
 SHUTDOWN_S = 1.0
+LAST_ANSWERS_S = 0.3  # at the end of a worker; a request is under way for microseconds, an idle scraper waits in vain
 # What a disk may take for one line; a client of ours has given up by then, and the revocation is in force anyway.
 KEEP_TIMEOUT_S = 10.0
 # The year 5138: beyond it somebody wrote milliseconds, and the revocation would never be forgotten.
@@ -125,8 +126,17 @@ class AdminServer:
     async def stop(self) -> None:
         self.close_listeners()
         if self._runner is not None:
+            await self._answer_last(self._runner.server)
             await self._runner.cleanup()
             self._runner = None
+
+    async def _answer_last(self, server: web.Server | None) -> None:
+        """Who was accepted a moment ago asks now: closed without an answer, a reload were an outage to a monitor."""
+        assert self._loop is not None
+        until = self._loop.time() + LAST_ANSWERS_S
+        # aiohttp tells nobody when one has its answer.
+        while (self._tasks or (server is not None and server.connections)) and self._loop.time() < until:  # noqa: ASYNC110
+            await asyncio.sleep(LAST_ANSWERS_S / 10)
 
     def _on_readable(self, listener: socket.socket) -> None:
         """One connection a turn: another worker may have been faster, and nobody is in a hurry here."""
