@@ -158,11 +158,10 @@ def test_who_outlasts_the_drain_timeout_is_ended_with_an_error_event_and_not_bef
             sock.sendall(chat(daemon, "stream"))
             streams.append(Reply(sock))
         reload(daemon)
-        began = time.monotonic()
         for stream in streams:
             assert b'"draining"' in stream.body()
-        assert time.monotonic() - began >= 0.7
         (report,) = retired(daemon)
+        assert report["took_s"] >= 1.0
         assert (report["running"], report["ended"], report["dropped"], len(report["left"])) == (3, 3, 0, 3)
         held.go.set()
         assert {row["status"] for row in daemon.wait_rows(6)} == {"completed", "interrupted"}
