@@ -211,8 +211,7 @@ def _directory(key: KeyPath, path: str, mode: int, *, is_needed: bool, is_made: 
     make = f"install -d -m {mode:04o} {path}, for the user that runs proxyd"
     if os.path.isdir(path):
         if not os.access(path, os.W_OK | os.X_OK):
-            message = f"{path} cannot be written by this user (uid {os.geteuid()})"
-            yield False, key, message, "check as the daemon's user"
+            yield False, key, f"{path} cannot be written by this user (uid {os.geteuid()})", _to_be_written(path)
     elif os.path.lexists(path):
         yield is_needed, key, f"{path} is not a directory", "name a directory"
     elif path in _MADE_BY_SYSTEMD:
@@ -221,6 +220,12 @@ def _directory(key: KeyPath, path: str, mode: int, *, is_needed: bool, is_made: 
         yield False, key, f"{path} does not exist", "a start makes it, for the user that runs proxyd"
     else:
         yield is_needed, key, f"{path} does not exist", make
+
+
+def _to_be_written(path: str) -> str:
+    if os.statvfs(path).f_flag & os.ST_RDONLY:  # so ProtectSystem=strict shows everything but the unit's directories
+        return f"it is mounted read-only; in the unit: systemctl edit proxyd: [Service] ReadWritePaths={path}"
+    return "check as the daemon's user, whose it must be"
 
 
 def _may_make(path: str) -> bool:
@@ -241,7 +246,7 @@ def _access_log(config: Config) -> Iterator[_Found]:
         return
     yield from _directory(key, os.path.dirname(path), 0o750, is_needed=True)
     if os.path.exists(path) and not os.access(path, os.W_OK):
-        yield False, key, f"{path} cannot be written by this user (uid {os.geteuid()})", "check as the daemon's user"
+        yield False, key, f"{path} cannot be written by this user (uid {os.geteuid()})", _to_be_written(path)
 
 
 def _certificates(config: Config) -> Iterator[_Found]:

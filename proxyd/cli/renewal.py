@@ -6,12 +6,14 @@ Must not know processes, signals or steps (master/reload.py has them). Implement
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from proxyd.cli import check
 from proxyd.cli.fixed import differences
+from proxyd.cli.listen_remedy import listen_remedy
 from proxyd.cli.node import Node
 from proxyd.config.schema import Config, LogOptions
 from proxyd.host import limits
@@ -48,18 +50,24 @@ class FileRenewal:
         try:
             report = check.examine(self._path, self._environ)
         except OSError as error:
-            return False, [f"error {self._path}: cannot be read: {error.strerror}"]
+            return False, [f"error {self._path}: {self._unreadable(error)}"]
         lines = [finding.text() for finding in report.findings]
         if report.config is None:
             return False, lines
         more = refusals(report.config, self._fixed, self._node.ledger.permits)
         return not more, [*more, *lines]
 
+    def _unreadable(self, error: OSError) -> str:
+        remedy = "put it back"
+        if error.errno == errno.EACCES:
+            remedy = f"the daemon reads it as its own user (uid {os.geteuid()}): chmod 0644 {self._path}"
+        return f"cannot be read: {error.strerror}; {remedy}"
+
     def plan(self, listeners: Listeners, log: Log) -> GenerationSpec:
         try:
             report = check.examine(self._path, self._environ)
         except OSError as error:
-            raise Refused(f"{self._path} cannot be read: {error.strerror}") from error
+            raise Refused(f"{self._path} {self._unreadable(error)}") from error
         config, secrets = report.config, report.secrets
         if config is None or secrets is None:
             raise Refused(
@@ -71,12 +79,13 @@ class FileRenewal:
         try:
             new = listeners.renewed(config.server.listen, config.server.workers, config.server.backlog)
         except ListenError as error:
-            raise Refused(f"{error.strerror}; nothing was changed") from error
+            raise Refused(f"{error.strerror}; {listen_remedy(error, config)}; nothing was changed") from error
         try:
             log = self._log_for(config.log, log)
         except OSError as error:
             new.release(listeners)
-            raise Refused(f"log.access: cannot open {config.log.access}: {error.strerror}") from error
+            why = f"log.access: cannot open {config.log.access}: {error.strerror}"
+            raise Refused(f"{why}; nothing was changed") from error
         return self._node.generation(config, secrets, new, log)
 
     def hand_over(self, log: Log) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 
 from proxyd import __version__
 from proxyd.cli.fixed import fixed_options
+from proxyd.cli.listen_remedy import listen_remedy
 from proxyd.cli.node import Node
 from proxyd.cli.output import fail
 from proxyd.cli.renewal import FileRenewal
@@ -68,7 +69,7 @@ def run(
     except SpoolError as error:
         return fail("proxyd", 1, str(error))
     except ListenError as error:
-        return fail("proxyd", 1, f"{error.strerror}; {_listen_remedy(error, config)}")
+        return fail("proxyd", 1, f"{error.strerror}; {listen_remedy(error, config)}")
     except OSError as error:
         return fail("proxyd", 1, error.strerror or str(error))
     try:
@@ -127,21 +128,6 @@ def _no_room(error: OSError, config: Config) -> str:
     elif error.errno == errno.EFBIG:
         remedy = "shared memory counts as a file there: raise RLIMIT_FSIZE (LimitFSIZE=, ulimit -f)"
     return f"nothing to share among {config.server.workers} workers: {error.strerror}; {remedy}"
-
-
-def _listen_remedy(error: ListenError, config: Config) -> str:
-    """Which option it is, and what to do."""
-    option = "server.admin" if error.address == config.server.admin.text else "server.listen"
-    if error.errno == errno.EADDRINUSE:
-        show = "ss -lxp" if error.address.startswith("unix:") else "ss -ltnp"
-        return f"another process has the address of {option}: `{show}` names it; end it, or change {option}"
-    if error.errno == errno.ENOENT:
-        return f"the directory in {option} is missing: create it, or let systemd (RuntimeDirectory=)"
-    if error.errno == errno.EACCES:
-        return f"this user (uid {os.geteuid()}) may not: choose a port above 1023 or a writable directory in {option}"
-    if error.errno == errno.EADDRNOTAVAIL:
-        return f"no interface of this machine has the address of {option}: `ip address` lists them"
-    return f"change {option}"
 
 
 def _make_directories(config: Config, log: Log) -> None:

@@ -255,7 +255,7 @@ class _Reader:
         if self.environ.get("CREDENTIALS_DIRECTORY"):
             line = f"LoadCredential={name}:{path}"
             return f"the unit needs the line {line}, and a restart: systemd reads credentials at the start"
-        return f"ask as the daemon's user or root (this is uid {os.geteuid()}), or correct its owner"
+        return f"ask as root, or as the user whose it is (this is uid {os.geteuid()}), or correct its owner"
 
     def credential(self, key: KeyPath, path: str) -> str | None:
         """The systemd credential that stands for `path`, if the service manager passed one."""
@@ -266,7 +266,8 @@ class _Reader:
             return None
         try:
             # A line end alone is what the unit's SetCredential= puts in the place of a file that is missing.
-            if os.stat(candidate).st_size <= 1:
+            size = os.stat(candidate).st_size
+            if size == 0 or (size == 1 and _first_byte(candidate) == b"\n"):
                 self.blank.add(name)
                 return None
         except OSError:
@@ -286,6 +287,11 @@ class _Reader:
         if status.st_uid not in (0, os.geteuid()):
             self.find("warning", key, f"{path} belongs to another user (uid {status.st_uid})", f"chown root {path}")
         return True
+
+
+def _first_byte(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(1)
 
 
 def key_text(path: KeyPath) -> str:

@@ -1,16 +1,22 @@
 """--check-config and the argument list, called in this process; what they print and how they exit."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from proxyd import __version__
 from proxyd.cli import check
+from proxyd.cli.listen_remedy import listen_remedy
 from proxyd.cli.main import main
+from proxyd.config.load import parse
+from proxyd.host.sockets import ListenError
 from tests.unit.cli.hosts import GOOD
+from tests.unit.config.texts import ENVIRON, MINIMAL
 
 SECRET = "0123456789abcdef0123456789abcdef"
 
@@ -317,3 +323,28 @@ def test_certificates_of_a_database_are_looked_at(node, capsys):
     for path, words in ((f"{node.root}/none.pem", "No such file"), (str(node.root / "key"), "no certificate in PEM")):
         assert node.check((f"sqlite:///{node.root}/state/t.db", f"mysql://u@h/d?ssl_ca={path}")) == 1
         assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.EADDRNOTAVAIL, "no interface of this machine has the address of server.listen"),
+        (errno.EADDRINUSE, "`ss -ltnp` names it"),
+        (errno.EACCES, "a port above 1023"),
+        (errno.ENOENT, "RuntimeDirectory="),
+        (errno.EIO, "change server.listen"),
+    ],
+)
+def test_an_address_that_cannot_be_had_has_a_remedy(code, words):
+    config, _ = parse(MINIMAL, "F", ENVIRON)
+    assert words in listen_remedy(ListenError(code, "10.9.9.9:3000", "why"), config)
+
+
+def test_a_directory_that_is_mounted_read_only_names_the_units_line(tmp_path, monkeypatch):
+    folder = tmp_path / "state"
+    folder.mkdir()
+    told = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=told.f_flag | os.ST_RDONLY))
+    (found,) = check._directory(("server", "state_dir"), str(folder), 0o700, is_needed=True)
+    assert found[3].endswith(f"[Service] ReadWritePaths={folder}")

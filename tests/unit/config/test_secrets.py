@@ -136,6 +136,13 @@ def test_a_file_whose_credential_is_blank_and_that_is_roots_was_empty_when_syste
     assert "LoadCredential=other:/etc/proxyd/other" in unnamed.remedy
 
 
+def test_a_credential_of_one_letter_is_not_blank(tmp_path):
+    keep(tmp_path / "key", b"k")
+    config = with_auth('secret_env = "JWT"', UPSTREAM + 'api_key_file = "/etc/proxyd/key"\n')
+    secrets, _ = resolve(config, {"CREDENTIALS_DIRECTORY": str(tmp_path), "JWT": SECRET})
+    assert secrets.upstream_keys == {"a": (Secret(b"k"),)}
+
+
 def _refuse(path, *_):
     raise PermissionError(errno.EACCES, "Permission denied", path)
 
