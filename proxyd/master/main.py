@@ -235,7 +235,8 @@ class Master:
         for name, fds in before.items():
             if wanted.get(name) != fds:
                 notifier.fd_remove(name)
-        kept = [before.get(name) == fds or notifier.fd_store(name, fds) for name, fds in wanted.items()]
+        had = before if self._crew.keeps_listeners else {}
+        kept = [had.get(name) == fds or notifier.fd_store(name, fds) for name, fds in wanted.items()]
         self._crew.keeps_listeners = bool(kept) and all(kept)
         if self._crew.keeps_listeners:
             new.keep_stored()

@@ -172,6 +172,17 @@ def test_a_reload_takes_a_new_secret_and_a_new_log_file(upstream: Callable[..., 
         wait_for(lambda: (tmp_path / "access.log").read_text().count('"status":403') == 10)
 
 
+def test_without_a_manager_the_end_is_as_ever_after_reloads(upstream: Callable[..., Upstream], tmp_path: Path) -> None:
+    path = tmp_path / "public.sock"
+    with node(tmp_path, upstream(at_once)) as daemon:
+        address = f'"127.0.0.1:{daemon.port}"'
+        daemon.config.write_text(daemon.config.read_text().replace(address, f'{address}, "unix:{path}"'))
+        assert command(daemon, "reload").returncode == 0
+        assert command(daemon, "reload").returncode == 0
+        assert path.exists()
+    assert not path.exists()  # nobody keeps the listeners for a successor
+
+
 def test_a_new_worker_killed_in_the_middle_fails_the_reload_alone(
     upstream: Callable[..., Upstream], tmp_path: Path
 ) -> None:
