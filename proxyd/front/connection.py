@@ -84,7 +84,9 @@ class ClientConnection(Channel):
         self._keep = True
         self._is_suspect = False
         self._advancing = False
-        self._arm(door.settings.keepalive if is_kept else door.settings.head_timeout)
+        # Without keep-alive what another worker gives away is a connection that never had its request.
+        settings = door.settings
+        self._arm(max(settings.keepalive, settings.head_timeout) if is_kept else settings.head_timeout)
         self._watch(True)
 
     # -- what handlers use ---------------------------------------------------------------------------------------

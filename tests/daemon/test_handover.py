@@ -11,14 +11,16 @@ import select
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from proxyd.front.connection import ClientConnection
+from proxyd.front.door import FrontSettings
 from proxyd.front.request import Request
 from proxyd.front.states import State
 from proxyd.host.passage import Passage
 from proxyd.worker import handover as handover_module
 from proxyd.worker.handover import Arrivals, HandOver
-from tests.daemon.front_house import Client, House, house, on_uvloop
+from tests.daemon.front_house import SETTINGS, Client, House, house, on_uvloop
 
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n"
 
@@ -78,8 +80,10 @@ def by(name: bytes):  # type: ignore[no-untyped-def]
 
 
 @asynccontextmanager
-async def pair(old=by(b"old")) -> AsyncIterator[Pair]:  # type: ignore[no-untyped-def]  # noqa: B008
-    async with house(old) as first, house(by(b"new")) as second:
+async def pair(  # type: ignore[no-untyped-def]
+    old=by(b"old"), settings: FrontSettings = SETTINGS  # noqa: B008
+) -> AsyncIterator[Pair]:
+    async with house(old, settings) as first, house(by(b"new"), settings) as second:
         both = Pair(first, second)
         both.arrivals.resume()
         try:
@@ -117,6 +121,17 @@ async def test_a_connection_that_never_sent_a_byte_goes_over_too() -> None:
         both.retire()
         await both.moved()
         assert await ask(client) == (200, "keep-alive", b"new:hi")
+
+
+@on_uvloop
+async def test_without_keep_alive_a_connection_that_never_sent_a_byte_has_its_request() -> None:
+    async with pair(settings=replace(SETTINGS, keepalive=0)) as both:
+        client = await both.old.connect()
+        await both.old.connection()
+        both.retire()
+        await both.moved()
+        await both.new.advance(5.0)
+        assert await ask(client) == (200, "close", b"new:hi")
 
 
 @on_uvloop
