@@ -25,6 +25,8 @@ FDS_A_MESSAGE = 253
 # For the manager to make room in its queue, a message. Ten times as much and a hung manager delays a start by seconds;
 # a tenth, and a busy one loses listeners that a restart would have kept.
 STORE_WAIT_MS = 200
+BARRIER_WAIT_MS = 1000  # it reads its queue in order; a machine that starts keeps it waiting. Once, at a start
+PROBE_NAME = "proxyd-probe"
 _OURS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
@@ -93,6 +95,25 @@ class Notifier:
         parts = [fds[start : start + FDS_A_MESSAGE] for start in range(0, len(fds), FDS_A_MESSAGE)]
         return bool(parts) and all(self._send(lines, part, STORE_WAIT_MS) for part in parts)
 
+    def has_store(self) -> bool:
+        """Whether the manager keeps descriptors at all, which it tells nobody (FileDescriptorStoreMax=0 is a unit's
+        default): the end of a pipe is stored, and when the manager has seen that (BARRIER=1, systemd 246 and later) the
+        other end knows whether it lives. False, too, if it is not seen within BARRIER_WAIT_MS."""
+        if not self.is_managed:
+            return False
+        lives, stored = os.pipe2(os.O_CLOEXEC)
+        seen, barrier = os.pipe2(os.O_CLOEXEC)
+        try:
+            self._send(("FDSTORE=1", f"FDNAME={PROBE_NAME}", "FDPOLL=0"), (stored,), STORE_WAIT_MS)
+            self._send(("BARRIER=1",), (barrier,), STORE_WAIT_MS)
+            os.close(stored)
+            os.close(barrier)
+            return _has_hung_up(seen, BARRIER_WAIT_MS) and not _has_hung_up(lives, 0)
+        finally:
+            self.fd_remove(PROBE_NAME)
+            os.close(lives)
+            os.close(seen)
+
     def fd_remove(self, name: str) -> bool:
         """The manager closes its duplicates of that name."""
         _check_name(name)
@@ -118,6 +139,12 @@ class Notifier:
         except OSError:
             return False
         return True
+
+
+def _has_hung_up(fd: int, wait_ms: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(wait_ms))
 
 
 def _status(text: str) -> str:

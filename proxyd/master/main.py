@@ -80,6 +80,7 @@ class Master:
         self._exit_code = 0
         self._checked_at = self._pinged_at = 0.0
         self._title = ""
+        self._has_store = False  # the service manager keeps what it is given
         handed = spec.handed
         self._pipe = SignalPipe()
         self._crew = Crew(
@@ -130,7 +131,7 @@ class Master:
     def _go_on(self, handed: succession.Handed) -> None:
         """In the image that an upgrade put in place: everybody works, and belongs to the generation before ours."""
         self._phase = NodePhase.SERVING
-        self._crew.keeps_listeners = handed.keeps_listeners
+        self._crew.keeps_listeners = self._has_store = handed.keeps_listeners
         succession.adopt(handed, self._spec, self._crew, self._roster, self._renewer)
         self._log.info("adopted", pid=os.getpid(), version=self._spec.version, before=handed.version,
                        children=len(self._crew.slots))  # fmt: skip
@@ -237,7 +238,9 @@ class Master:
                 notifier.fd_remove(name)
         had = before if self._crew.keeps_listeners else {}
         kept = [had.get(name) == fds or notifier.fd_store(name, fds) for name, fds in wanted.items()]
-        self._crew.keeps_listeners = bool(kept) and all(kept)
+        if old is None:
+            self._has_store = notifier.has_store()  # behind them, so it has seen them all by then
+        self._crew.keeps_listeners = bool(kept) and all(kept) and self._has_store
         if self._crew.keeps_listeners:
             new.keep_stored()
 

@@ -256,7 +256,10 @@ def test_systemd_hears_ready_watchdog_and_stopping_from_the_master_alone(
             environ={"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "2000000", "WATCHDOG_PID": ""},
         )
         assert manager.recv(1000).startswith(b"FDSTORE=1\nFDNAME=listen-127.0.0.1_")
-        ready = manager.recv(1000)
+        assert b"FDNAME=proxyd-probe" in manager.recv(1000)
+        ready = b""
+        while not ready.startswith(b"READY"):
+            ready = manager.recv(1000)
         assert ready.startswith(b"READY=1")
         assert f"MAINPID={node.process.pid}".encode() in ready
         assert manager.recv(1000) == b"WATCHDOG=1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -178,3 +179,34 @@ def test_raising_reaches_the_hard_limit() -> None:
 
     allowed = limits.raise_open_files()
     assert allowed == resource.getrlimit(resource.RLIMIT_NOFILE)[1] == limits.allowed_open_files()
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_whether_the_manager_keeps_descriptors_is_found_out(tmp_path: Path, keeps: bool) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(10)
+        store: list[int] = []
+
+        def serve() -> None:
+            for _ in range(3):
+                data, fds, _, _ = socket.recv_fds(manager, 1000, 10)
+                if keeps and data.startswith(b"FDSTORE=1"):
+                    store.extend(fds)
+                    continue
+                for fd in fds:
+                    os.close(fd)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")})
+        try:
+            assert notifier.has_store() is keeps
+        finally:
+            thread.join(10)
+            for fd in store:
+                os.close(fd)
+
+
+def test_without_a_manager_nothing_is_kept() -> None:
+    assert not Notifier({}).has_store()
