@@ -7,9 +7,8 @@ Invariants:
   books are right.
 - An idle connection is watched for readability; end of stream or bytes nobody asked for close it at once.
 - A cancelled or late waiter leaves nothing behind: a connection it was just given goes back, its dial ends in the pool.
-- Bounds: max_connections, max_idle, 4 x max_connections waiters; each waiter's deadline is its caller's `timeout_s`
-  (later where the loop itself was held: HELD_MOST),
-  each dial's (name, TCP and TLS together) is connect_timeout.
+- Bounds: max_connections, max_idle, 4 x max_connections waiters; each waiter's deadline is its caller's `timeout_s`,
+  more where the loop was held (HELD_MOST); each dial's (name, TCP and TLS together) is connect_timeout.
 - A connection whose peer is about to close is out of the pool's books and left to it for LEAVE_S, at most a quarter of
   max_connections of them; then it is reset, and at once where ports are low. Either way no TIME_WAIT keeps a port.
 """
@@ -42,9 +41,11 @@ LEAVE_S = 1.0
 LEAVING_SHARE = 4
 LEAVING_LEAST = 16
 # A waiter's timer that comes later than this was held up with the loop, and the news of its connection stands behind
-# it: it waits once more for as long as the loop was held, HELD_MOST times at most. Half: the pause of a collection.
+# it, a few turns away: it and those of the next second wait once more for as long as the loop was held, HELD_MOST times
+# at most. Half: the pause of a collection. A dial that fails is told all the while, so nobody waits in vain.
 HELD_S = 0.1
-HELD_MOST = 3
+HELD_MOST = 10
+HELD_ECHO_S = 1.0
 
 
 class Ticket(pool.Waiter):
@@ -79,6 +80,8 @@ class Keeper:
         "_dialer",
         "_dials",
         "_gauges",
+        "_held_at",
+        "_held_s",
         "_leaving",
         "_leaving_timer",
         "_log",
@@ -108,6 +111,7 @@ class Keeper:
         self._leaving: OrderedDict[Connection, float] = OrderedDict()  # until when, oldest first
         self._leaving_timer: asyncio.TimerHandle | None = None
         self._next_seq = 0
+        self._held_at, self._held_s = -HELD_ECHO_S, 0.0
         metrics, name = around.metrics, origin.name
         self._connects = metrics.counter("proxyd_upstream_connects_total", upstream=name)
         # proxyd_upstream_reuse_ratio is a quotient over the whole node: each slot counts both, the reader divides.
@@ -198,9 +202,11 @@ class Keeper:
     ) -> None:
         if future.done():
             return
-        held_s = self._loop.time() - due
-        if held_s > HELD_S and chances and timeout_s > 0:
-            again = self._loop.time() + min(held_s, timeout_s)
+        now = self._loop.time()
+        if now - due > HELD_S:
+            self._held_s, self._held_at = now - due, now
+        if now - self._held_at < HELD_ECHO_S and chances and timeout_s > 0:
+            again = now + min(self._held_s, timeout_s)
             self._loop.call_at(again, self._on_late, ticket, future, timeout_s, again, chances - 1)
             return
         dialling = self._state.connecting >= self._state.waiting
