@@ -17,6 +17,7 @@ from proxyd.cli.renewal import refusals
 from proxyd.master import handover
 from proxyd.shm.ledger import Ledger
 from proxyd.shm.region import Region
+from proxyd.store.sink import load
 
 WHO = "proxyd --check-upgrade"
 # Importing them is the check: they hold everything that an upgraded master runs.
@@ -48,5 +49,6 @@ def run(args: argparse.Namespace) -> int:
         lines += [finding.text() for finding in report.findings if finding.severity == "error"]
         if report.config is not None and not lines:
             lines += refusals(report.config, fixed, permits)
+            load(report.config.telemetry.sink)  # telemetry would import it too late for a refusal
     put(WHO, "\n".join(lines) or f"version {__version__} {handover.YES}")
     return 1 if lines else 0

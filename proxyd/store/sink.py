@@ -40,6 +40,13 @@ def open_reader(sink: str, password: Secret | None = None) -> Reader:
     return SqliteReader(sqlite_path(sink))
 
 
+def load(sink: str) -> None:
+    """Imports what a process that writes or reads there will need. Raises what a broken module raises."""
+    if is_mysql(sink):
+        for name in ("mysql", "mysql_reader"):
+            _module(name)
+
+
 def mysql_address(sink: str, password: Secret | None) -> Any:
     """The `MysqlAddress` of a mysql:// sink."""
     return _module("mysql_address").MysqlAddress.parse(sink, password)

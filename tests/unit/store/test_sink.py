@@ -47,3 +47,17 @@ def test_a_node_with_sqlite_imports_no_driver_of_mysql() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_sink_will_need_can_be_imported_before_an_upgrade() -> None:
+    program = (
+        "import sys\nimport proxyd.cli.upgrade_check\nfrom proxyd.store.sink import load\n"
+        "load('sqlite:////x/t.db')\nassert 'aiomysql' not in sys.modules\nload('mysql://u@h/d')\n"
+        "from proxyd.store.sink import make_store, open_reader\nbefore = set(sys.modules)\n"
+        "make_store('mysql://u@h/d', 'row', node='0123456789abcdef')\n"
+        "more = {name for name in set(sys.modules) - before if 'mysql' in name}\nassert not more, more\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
