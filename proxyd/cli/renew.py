@@ -67,7 +67,7 @@ def run(
     except (OSError, http.client.HTTPException, ValueError) as error:
         return fail(who, UNREACHABLE, why_not(admin, error))
     pid, renewal = before.get("pid"), before.get("renewal")
-    if not isinstance(pid, int) or pid < 2 or not isinstance(renewal, dict):
+    if not isinstance(pid, int) or pid < 2 or not isinstance(renewal, dict) or "results" not in renewal:
         return fail(who, UNREACHABLE, f"the daemon at {admin.text} knows no {kind}: restart it once with this version")
     if renewal.get("unavailable"):
         return fail(who, 1, f"not for this daemon: {renewal['unavailable']}")

@@ -135,10 +135,16 @@ def test_no_process_is_signalled_that_cannot_be_the_master(run: Any, pid: Any) -
     assert node.signalled == []
 
 
-def test_a_daemon_of_an_older_version_is_told_of(run: Any, capsys: Any) -> None:
+@pytest.mark.parametrize("without", [("renewal",), ("renewal", "results")])
+def test_a_daemon_of_an_older_version_is_told_of(run: Any, capsys: Any, without: tuple[str, ...]) -> None:
     answer = status()
-    del answer["renewal"]
-    assert run(Node(answer)) == renew.UNREACHABLE
+    within: Any = answer
+    for name in without[:-1]:
+        within = within[name]
+    del within[without[-1]]
+    node = Node(answer)
+    assert run(node) == renew.UNREACHABLE
+    assert node.signalled == []
     assert "restart it once" in capsys.readouterr().err
 
 
