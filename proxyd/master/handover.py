@@ -104,7 +104,7 @@ def take(environ: MutableMapping[str, str]) -> int | None:
     text = environ.pop(ENV, None)
     if text is None:
         return None
-    if not text.isascii() or not text.isdigit():
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
         raise HandoverError(f"{ENV} is no descriptor")
     return int(text)
 

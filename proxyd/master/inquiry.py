@@ -21,6 +21,7 @@ from proxyd.master.signals import SignalPipe
 FINDINGS_BYTES = 16 * 1024
 ERRORS_BYTES = 4 * 1024
 LINES_MAX = 50
+ORPHAN_S = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ class Inquiry:
             broken = os.pipe2(os.O_CLOEXEC)
 
             def run(birth: Birth) -> int:
+                # Nobody would end it if the master died meanwhile. The alarm's default, and itself, survive an execve.
+                signal.alarm(int(timeout_s) + ORPHAN_S)
                 for number, (_, end) in ((1, out), (2, broken)):
                     os.dup2(end, number)
                 return body()

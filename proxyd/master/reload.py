@@ -215,7 +215,9 @@ class Renewer:
             self._findings = answer.findings
             self._start()
         else:
-            self._fail(f"{self._replace()}; nothing was changed")
+            why = self._replace()
+            if not self.is_idle:  # it is after a signal that came meanwhile and ends the node
+                self._fail(f"{why}; nothing was changed")
 
     def _start(self) -> None:
         renewal = self._spec.renewal

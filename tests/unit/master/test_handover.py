@@ -106,7 +106,7 @@ def test_what_is_no_document_is_refused(text: bytes) -> None:
         handover.read(fd)
 
 
-@pytest.mark.parametrize("text", ["", "x", "-1", "3 4", "³"])
+@pytest.mark.parametrize("text", ["", "x", "-1", "3 4", "³", "9" * 20])
 def test_a_variable_that_names_no_descriptor_is_refused_and_gone(text: str) -> None:
     environ = {handover.ENV: text}
     with pytest.raises(HandoverError):
