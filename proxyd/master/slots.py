@@ -21,6 +21,9 @@ from proxyd.host.sockets import Listeners
 from proxyd.master.children import Child
 
 YOUNG_S = 2.0  # a child that died younger was in a crash loop; half misses slow boots, twice slows real recoveries
+# One that did serve was young only below this: a worker that is killed every two seconds is 1.9 s old each time, and
+# somebody waits for its successor. Half: one that dies of what its first second brings is forked twice a second.
+YOUNG_SERVED_S = 1.0
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 10.0  # twice: an operator who repaired the cause waits too long; half: a fork bomb of log lines
 BACKOFF_SERVED_MAX_S = 0.5  # of one that did serve: somebody may wait for it, and a boot costs 20 ms of a core
@@ -109,7 +112,7 @@ class Slot:
 def decide_delay(age_s: float, failures: int, exit_code: int | None, *, has_served: bool = False) -> tuple[int, float]:
     """Failures in a row, and seconds until the successor. One sudden death is answered at once: it serves somebody's
     waiting connections; a second one, young, waits, and twice as long each time."""
-    if age_s >= YOUNG_S and exit_code != EXIT_CANNOT_BOOT:
+    if age_s >= (YOUNG_SERVED_S if has_served else YOUNG_S) and exit_code != EXIT_CANNOT_BOOT:
         return 0, 0.0
     failures += 1
     if exit_code == EXIT_CANNOT_BOOT:

@@ -44,6 +44,8 @@ def test_one_that_served_is_kept_waiting_less_long() -> None:
 
 def test_a_long_life_ends_the_crash_loop() -> None:
     assert judge.decide_delay(judge.YOUNG_S, 9, -11) == (0, 0.0)
+    assert judge.decide_delay(judge.YOUNG_SERVED_S, 9, -9, has_served=True) == (0, 0.0)
+    assert judge.decide_delay(judge.YOUNG_SERVED_S, 9, -9)[1] > 0
 
 
 def test_one_that_cannot_boot_is_never_retried_at_once() -> None:
