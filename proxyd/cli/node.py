@@ -26,6 +26,7 @@ from proxyd.shm.beats import Beat, State
 from proxyd.shm.ledger import Ledger
 from proxyd.shm.metrics import read
 from proxyd.shm.region import Region
+from proxyd.store.sink import load
 from proxyd.telemetry import writer
 from proxyd.telemetry.questions import Channel
 from proxyd.telemetry.watch import Watch, watching
@@ -36,7 +37,7 @@ from proxyd.worker.services import Blueprint, build
 # twice costs address space alone, for pages nobody wrote are not there.
 SEATS_LEAST = 128
 SEATS_PER_WORKER = 8
-SEATS_MOST = 4094  # the region has 4,096, two of them telemetry's and the master's
+SEATS_MOST = 4096  # the most workers, eight times; half of what the region can have
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ class Node:
         self, config: Config, secrets: Secrets, listeners: Listeners, log: Log, page_cookie: str = ""
     ) -> GenerationSpec:
         """Nothing is started: the master forks."""
+        load(config.telemetry.sink)  # imported by a child later, it might be another version's
         blueprint = Blueprint(
             config, secrets, listeners, self.ledger, self.questions, page_cookie, passage=self.passage
         )
