@@ -210,10 +210,11 @@ class Machine:
         said = self.run("journalctl", "--no-pager", "-o", "json", "--all", "-u", unit, *after).stdout
         return [json.loads(line) for line in said.splitlines()]
 
-    def cursor(self) -> str:
-        """Where the journal is now."""
-        said = self.run("journalctl", "--no-pager", "-n", "1", "-o", "json", "--output-fields=MESSAGE").stdout
-        return str(json.loads(said)["__CURSOR"])
+    def cursor(self, unit: str) -> str:
+        """Where the unit's journal is now; "" at its beginning. Of the unit's own lines: after the cursor of another
+        one journalctl leaves the unit's first line out, because it takes that for the cursor's."""
+        said = self.run("journalctl", "--no-pager", "-n", "1", "-o", "json", "-u", unit).stdout
+        return str(json.loads(said)["__CURSOR"]) if said else ""
 
 
 def _children(pid: int) -> list[int]:

@@ -98,7 +98,7 @@ def test_enable_now_works_at_the_first_try(installed: SystemdNode) -> None:
     checked = installed.machine.run("proxyd", "--check-config", check=False)
     assert checked.returncode == 0, checked.stdout
     assert "does not exist" not in checked.stdout
-    cursor = installed.machine.cursor()
+    cursor = installed.machine.cursor(UNIT)
     installed.machine.run("systemctl", "enable", "--now", "proxyd")
     assert installed.is_active, installed.messages()
     assert installed.machine.run("systemctl", "is-enabled", "proxyd").stdout == "enabled\n"
@@ -137,7 +137,7 @@ def test_a_reload_brings_the_changed_file_and_cuts_no_stream(node: SystemdNode) 
 
 def test_a_broken_file_fails_the_reload_changes_nothing_and_is_told_everywhere(node: SystemdNode) -> None:
     pid, generation = node.main_pid, node.status()["generations"][-1]["generation"]
-    cursor = node.machine.cursor()
+    cursor = node.machine.cursor(UNIT)
     good = node.machine.run("cat", CONFIG).stdout
     node.machine.write(CONFIG, good.replace('head_timeout = "10s"', "head_timeout = 10"))
     reloaded = node.machine.run("systemctl", "reload", "proxyd", check=False)
@@ -212,7 +212,7 @@ def test_a_restart_refuses_nobody_and_streams_end_in_the_drain(node: SystemdNode
 def test_a_killed_worker_is_replaced_and_the_unit_goes_on(node: SystemdNode) -> None:
     pid = node.main_pid
     (first, second) = node.workers()
-    cursor = node.machine.cursor()
+    cursor = node.machine.cursor(UNIT)
     node.machine.run("kill", "-9", str(first))
     wait_for(lambda: len(now := node.workers()) == 2 and first not in now and second in now, PATIENCE_S, 0.1)
     assert node.main_pid == pid
@@ -224,7 +224,7 @@ def test_a_worker_that_fills_the_memory_dies_alone(node: SystemdNode) -> None:
     node.drop_in("[Service]\nMemoryMax=400M\n")
     node.machine.run("systemctl", "restart", "proxyd")
     node.wait_serving()
-    pid, workers, cursor = node.main_pid, node.workers(), node.machine.cursor()
+    pid, workers, cursor = node.main_pid, node.workers(), node.machine.cursor(UNIT)
     node.machine.run("python3", "/root/filler.py", "700", node.token())
     died = wait_for(
         lambda: [event for event in node.events(cursor) if event["event"] == "child_died"], PATIENCE_S, 0.1
@@ -241,7 +241,7 @@ def test_a_master_that_hangs_is_found_by_the_watchdog_and_started_anew(node: Sys
     node.drop_in("[Service]\nWatchdogSec=6s\n")
     node.machine.run("systemctl", "restart", "proxyd")
     pid = node.wait_serving()["pid"]
-    cursor = node.machine.cursor()
+    cursor = node.machine.cursor(UNIT)
     with knocking(node) as ends:
         node.machine.run("kill", "-STOP", str(pid))
         wait_for(lambda: node.main_pid not in (0, pid), PATIENCE_S, 0.2)
@@ -253,7 +253,7 @@ def test_a_master_that_hangs_is_found_by_the_watchdog_and_started_anew(node: Sys
 
 
 def test_a_stop_ends_with_0_and_leaves_nothing(node: SystemdNode) -> None:
-    cursor = node.machine.cursor()
+    cursor = node.machine.cursor(UNIT)
     node.machine.run("systemctl", "stop", "proxyd")
     shown = [node.machine.show(UNIT, name) for name in ("Result", "ExecMainCode", "ExecMainStatus", "ActiveState")]
     assert shown == ["success", "1", "0", "inactive"]
