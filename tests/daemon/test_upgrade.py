@@ -132,7 +132,24 @@ def test_the_new_version_serves_under_the_same_pid_and_nobody_is_cut(tmp_path: P
         assert daemon.metric("proxyd_streams_active") == 0
 
 
-REFUSED = {"syntax": "SyntaxError", "missing": "No module named", "exit": "exit code 1", "file_key": "nonsense"}
+REFUSED = {
+    "syntax": "SyntaxError",
+    "missing": "No module named",
+    "exit": "exit code 1",
+    "file_key": "nonsense",
+    "no_boot": "cannot boot with this file (exit code 78)",
+}
+# Boots where it is tried, and not where it counts.
+LATE = """
+_start = WorkerServices.start
+
+async def _late(self):
+    if self._context.birth.generation:
+        raise RuntimeError("not this time")
+    await _start(self)
+
+WorkerServices.start = _late
+"""
 
 
 def test_what_cannot_run_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
@@ -150,13 +167,15 @@ def test_what_cannot_run_is_refused_before_anything_is_touched(tmp_path: Path) -
         assert is_whole(reply, pieces)
 
 
-def test_a_program_that_cannot_serve_leaves_the_old_workers_and_a_reload_mends_it(tmp_path: Path) -> None:
+def test_a_program_that_cannot_serve_leaves_the_old_workers_and_another_upgrade_mends_it(tmp_path: Path) -> None:
     slow = Slow()
     with installed(tmp_path, slow) as daemon:
         reply, pieces = stream(daemon)
         pids = daemon.worker_pids()
-        with broken(daemon, "no_boot"):
-            told = daemon.renew("upgrade")
+        services = daemon.installed.get("worker/services.py")
+        daemon.installed.put("worker/services.py", services + LATE)
+        told = daemon.renew("upgrade")
+        daemon.installed.put("worker/services.py", services)
         assert not told.ok
         assert "did not start" in told.result["detail"]
         assert daemon.worker_pids() == pids
