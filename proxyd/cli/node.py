@@ -33,11 +33,20 @@ from proxyd.telemetry.watch import Watch, watching
 from proxyd.worker.main import Context, Services, run_telemetry, run_worker
 from proxyd.worker.services import Blueprint, build
 
-# Seats for workers: of generations that drain, too. Half: a site that reloads every minute with long streams runs out;
-# twice costs address space alone, for pages nobody wrote are not there.
+# Seats for workers: of generations that drain, too. Forty renewals in a row, each with long streams left, find room.
+# A free one costs address space and two descriptors; with more than SEATS_MANY those count, so nodes of many workers
+# have eight generations.
 SEATS_LEAST = 128
-SEATS_PER_WORKER = 8
+SEATS_PER_WORKER = 42
+SEATS_MANY = 512
+SEATS_PER_WORKER_LEAST = 8
 SEATS_MOST = 4096  # the most workers, eight times; half of what the region can have
+
+
+def count_seats(workers: int) -> int:
+    """How many workers of all generations together there may be, of a node that starts with so many."""
+    many = min(SEATS_PER_WORKER * workers, SEATS_MANY)
+    return min(max(SEATS_LEAST, many, SEATS_PER_WORKER_LEAST * workers), SEATS_MOST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +61,7 @@ class Node:
     @classmethod
     def create(cls, config: Config) -> Node:
         """Raises OSError when the kernel gives no memory or no sockets; what was made goes with its last reference."""
-        seats = min(max(SEATS_LEAST, SEATS_PER_WORKER * config.server.workers), SEATS_MOST)
+        seats = count_seats(config.server.workers)
         return cls(
             region=Region.create(seats + 2, SYSTEM.wall()),
             # One seat more is the telemetry process's own.
