@@ -19,6 +19,7 @@ from proxyd.cli.trial import boot_a_worker
 from proxyd.config.schema import Config
 from proxyd.config.secrets import Secrets
 from proxyd.master import handover
+from proxyd.master.succession import verify
 from proxyd.shm.ledger import Ledger
 from proxyd.shm.region import Region
 from proxyd.store.sink import load
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         if fd is None:
             return fail(WHO, 2, "only a running daemon asks for this check: send USR2 to it, or: proxyd upgrade")
         handed = handover.read(fd)
+        verify(handed)
         Region.adopt(handed.node["region"])
         permits = Ledger.adopt(handed.node["ledger"]).permits
         fixed = handed.node["fixed"]

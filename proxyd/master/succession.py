@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 
 from proxyd.host.child import ChildSpec
 from proxyd.master.crew import Crew
@@ -18,7 +19,7 @@ from proxyd.master.roster import Roster
 from proxyd.master.slots import Phase, Slot
 from proxyd.master.spec import MasterSpec
 
-__all__ = ["Handed", "adopt", "collect"]
+__all__ = ["Handed", "adopt", "collect", "verify"]
 
 
 def collect(spec: MasterSpec, crew: Crew, roster: Roster, renewer: Renewer, signals: tuple[int, ...]) -> Handed:
@@ -69,6 +70,18 @@ def _slot(slot: Slot) -> SlotState:
     )
 
 
+def verify(handed: Handed) -> None:
+    """What `adopt` will make of the words. Raises ValueError for one that this program does not know."""
+    slots = [slot for one in handed.generations for slot in one.slots]
+    for slot in [*slots, *([handed.telemetry] if handed.telemetry is not None else [])]:
+        Phase(slot.phase)
+    stages = [Stage(one.stage) for one in handed.generations]
+    if stages.count(Stage.SERVING) != 1:
+        raise HandoverError(f"{stages.count(Stage.SERVING)} generations serve")
+    for word in handed.wanted:
+        Kind(word)
+
+
 def adopt(handed: Handed, spec: MasterSpec, crew: Crew, roster: Roster, renewer: Renewer) -> None:
     """Fills an empty roster. Raises HandoverError for what the check before the upgrade should have found."""
     for state in handed.generations:
@@ -110,5 +123,9 @@ def _adopt_slot(state: SlotState, generation: int, spec: MasterSpec, crew: Crew)
     slot.phase, slot.due_at = Phase(state.phase), state.due_at
     crew.slots.append(slot)
     if state.pid:
-        crew.adopt(slot, state.pid)
+        try:
+            crew.adopt(slot, state.pid)
+        except OSError:  # nobody of that name: what a death leads to, without a body to reap
+            slot.phase = Phase.GONE if slot.phase is Phase.STOPPING else Phase.BACKOFF
+            slot.due_at = None if slot.phase is Phase.GONE else time.monotonic()
     return slot

@@ -11,6 +11,7 @@ import pytest
 
 from proxyd.master import handover
 from proxyd.master.handover import GenerationState, Handed, HandoverError, SlotState
+from proxyd.master.succession import verify
 
 
 def slot(number: int, pid: int = 100) -> SlotState:
@@ -117,6 +118,14 @@ def test_a_variable_that_names_no_descriptor_is_refused_and_gone(text: str) -> N
 def test_without_the_variable_there_is_nothing_to_take() -> None:
     assert handover.take({}) is None
     assert handover.take({handover.ENV: "12"}) == 12
+
+
+def test_a_word_that_this_program_does_not_know_is_refused_by_the_check() -> None:
+    verify(handed())
+    unknown = SlotState(0, 0, "dreaming", 0, 0.0, None, 0, None, False, False)
+    for changes in ({"telemetry": unknown}, {"wanted": ("downgrade",)}, {"generations": ()}):
+        with pytest.raises(ValueError, match=r"dreaming|downgrade|0 generations"):
+            verify(handed(**changes))
 
 
 def test_a_closed_descriptor_is_refused() -> None:
