@@ -47,7 +47,7 @@ worker_rlimit_nofile 16384;
 pid {folder}/nginx.pid;
 error_log {folder}/error.log error;
 {user}
-events {{ worker_connections 8192; }}
+events {{ worker_connections 15000; }}
 http {{
     access_log off;
     client_body_temp_path {folder}/body;
@@ -166,7 +166,7 @@ def stage(folder: Path, plan: Plan) -> Iterator[tuple[InstalledDaemon, Scripted,
                 target = nginx.tcp if way == "nginx-tcp" else nginx.unix
             load = Newcomers(
                 folder, target, daemon.token(), way, rate=plan.rate / share, streams=plan.streams // share,
-                stream_rate=plan.stream_rate, min=plan.stream_events[0], max=plan.stream_events[1],
+                stream_rate=plan.stream_rate, min=plan.stream_events[0], max=plan.stream_events[1], cap=4000 // share,
             )  # fmt: skip
             ends.callback(load.close)
             made.append(load)
