@@ -71,6 +71,8 @@ def run(
         return fail(who, UNREACHABLE, f"the daemon at {admin.text} knows no {kind}: restart it once with this version")
     if renewal.get("unavailable"):
         return fail(who, 1, f"not for this daemon: {renewal['unavailable']}")
+    if before.get("state") == "draining":
+        return fail(who, 1, f"the daemon, process {pid}, is stopping: start it again when it has ended")
     try:
         kill(pid, _SIGNALS[kind])
     except ProcessLookupError:

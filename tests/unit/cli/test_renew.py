@@ -135,6 +135,13 @@ def test_no_process_is_signalled_that_cannot_be_the_master(run: Any, pid: Any) -
     assert node.signalled == []
 
 
+def test_a_daemon_that_is_stopping_is_not_signalled_and_not_waited_for(run: Any, capsys: Any) -> None:
+    node = Node(status() | {"state": "draining"})
+    assert run(node) == 1
+    assert node.signalled == []
+    assert "is stopping" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("without", [("renewal",), ("renewal", "results")])
 def test_a_daemon_of_an_older_version_is_told_of(run: Any, capsys: Any, without: tuple[str, ...]) -> None:
     answer = status()
