@@ -90,7 +90,7 @@ PROGRAMS: dict[str, Callable[[Installed], Callable[[], None]]] = {
     "missing": _without_compiled,
     "exit": _in_file("worker/main.py", "\nimport sys\nsys.exit(1)\n"),
     "no_boot": _in_file("worker/services.py", NEVER_READY),
-    "hang": _in_file("wire/sse.py", "\nimport time\ntime.sleep(600)\n"),
+    "hang": _in_file("wire/head.py", "\nimport time\ntime.sleep(600)\n"),
 }
 # Each: the configuration's text, made bad.
 FILES: dict[str, Callable[[str], str]] = {
