@@ -104,7 +104,6 @@ class Node:
         """Nothing is started: the master forks. What the sink needs is imported here, before the fork: a child that is
         born later must not find another version's files."""
         load(config.telemetry.sink)
-        load(config.telemetry.sink)  # imported by a child later, it might be another version's
         blueprint = Blueprint(
             config, secrets, listeners, self.ledger, self.questions, page_cookie, passage=self.passage
         )
