@@ -13,6 +13,7 @@ Invariants: nothing is started or changed; a key is named by where it comes from
 
 from __future__ import annotations
 
+import os
 import ssl
 import threading
 import time
@@ -27,6 +28,7 @@ from proxyd.cli.probe_upstream import FEW_DAYS, Note, Outcome, UpstreamProbe
 from proxyd.config.locate import KeyPath
 from proxyd.config.schema import Config
 from proxyd.config.secrets import Secret, Secrets
+from proxyd.config.sink import is_mysql
 from proxyd.store import probe as store
 
 ALL_S = 15.0
@@ -115,3 +117,7 @@ def _store(config: Config, password: Secret | None, outcome: Outcome) -> None:
     outcome.found += [Found(one.is_error, key, one.message, one.remedy, one.live, one.wanted) for one in seen.troubles]
     if seen.words:
         outcome.notes.append(Note(key, seen.words))
+    if is_mysql(config.telemetry.sink) and not urlsplit(config.telemetry.sink).username and os.geteuid() == 0:
+        # Without a name the asking user's own is taken, and the server lets root in where it lets nobody else.
+        message = "names no user, so this was asked as root; the daemon asks as its own user"
+        outcome.warn(key, message, "ask as that one, too: runuser -u proxyd -- proxyd usage --user 1")

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import os
 import threading
 from functools import partial
 
+import pytest
+
+from proxyd.cli import probe
 from proxyd.cli import probe_http as net
 from proxyd.cli.probe_http import Certificate
+from proxyd.cli.probe_upstream import Outcome
+from proxyd.store import probe as store
+from tests.unit.config.texts import MINIMAL, valid
 
 
 def fail() -> int:
@@ -49,3 +56,24 @@ def test_a_timeout_is_told_in_seconds() -> None:
     assert net.words(TimeoutError()) == "no answer within 5 s"
     assert net.words(TimeoutError("timed out")) == "no answer within 5 s"
     assert net.words(ValueError("odd")) == "odd"
+
+
+@pytest.mark.parametrize(
+    ("sink", "uid", "is_warned"),
+    [
+        ("mysql:///proxyd?unix_socket=/nowhere.sock", 0, True),
+        ("mysql:///proxyd?unix_socket=/nowhere.sock", 995, False),
+        ("mysql://proxyd@127.0.0.1:1/proxyd", 0, False),
+    ],
+)
+def test_root_is_warned_that_a_sink_without_a_user_was_asked_as_root(
+    monkeypatch: pytest.MonkeyPatch, sink: str, uid: int, is_warned: bool
+) -> None:
+    config = valid(f'[telemetry]\nsink = "{sink}"\n' + MINIMAL)
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    monkeypatch.setattr(store, "look", lambda *_: store.Look("mysql: the schema is complete", []))
+    outcome = Outcome(("telemetry", "sink"))
+    probe._store(config, None, outcome)
+    warned = [one for one in outcome.found if "asked as root" in one.message]
+    assert bool(warned) is is_warned
+    assert all(not one.is_error and "runuser -u proxyd" in one.remedy for one in warned)
