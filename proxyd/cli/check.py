@@ -14,6 +14,7 @@ import json
 import os
 import ssl
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from proxyd.config.secrets import Secrets, key_text, resolve
 from proxyd.config.sink import ca_file, has_password, is_mysql
 from proxyd.errors import Finding
 from proxyd.host.look import Host, look
+from proxyd.store.revocations import RevocationFile, RevocationFileError
 from proxyd.store.schema import StoreError
 from proxyd.store.sink import sqlite_path
 
@@ -146,7 +148,7 @@ def _with_surroundings(report: Report, see: Callable[[], Host]) -> Report:
     config = report.parsed
     if config is None:
         return report
-    more = _findings(config, _store(config))
+    more = _findings(config, [*_store(config), *_revocations(config)])
     more += to_findings(config, host_findings(config, see(), default_file=DEFAULT_FILE))
     return _added(report, more)
 
@@ -172,6 +174,15 @@ def _store(config: Config) -> Iterator[_Found]:
         return  # not there yet, or another user's
     if head and head != _SQLITE_MAGIC:
         yield True, key, f"{path} is not an SQLite database", "name another file, or move this one away"
+
+
+def _revocations(config: Config) -> Iterator[_Found]:
+    """A start refuses without them; a reload does not look."""
+    try:
+        RevocationFile(config.server.state_dir).check(time.time())
+    except RevocationFileError as error:
+        message, _, remedy = str(error).partition("; ")
+        yield True, ("server", "state_dir"), f"{message}; a start is refused", remedy
 
 
 def _host_findings(config: Config) -> list[Finding]:

@@ -88,6 +88,15 @@ class RevocationFile:
                 f" runs proxyd, and {_WITHOUT_IT}"
             ) from error
 
+    def check(self, now: float) -> None:
+        """Raises RevocationFileError for what a load would refuse. Changes nothing and waits for nobody; a file that is
+        not there, or not this user's to read, is no fault."""
+        try:
+            data = self.path.read_bytes()
+        except OSError:
+            return
+        _in_force(self._parse(data), now)
+
     def _parse(self, data: bytes) -> list[Revocation]:
         entries = []
         for number, line in enumerate(data.split(b"\n")[:-1], 1):

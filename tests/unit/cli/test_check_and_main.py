@@ -97,6 +97,18 @@ def test_secrets_are_checked_without_being_printed(node, capsys):
     assert "sk-very-secret" not in out
 
 
+def test_revocations_that_a_start_would_refuse_are_an_error_with_the_line(node, capsys):
+    file = node.root / "state" / "revocations.jsonl"
+    file.write_text("junk\n")
+    assert node.check() == 1
+    line, _, remedy = capsys.readouterr().out.partition("; a start is refused; ")
+    assert line == f"error {node.path}:4 server.state_dir: {file}:1 is no revocation"
+    assert remedy.startswith("correct the line, or take it out")
+    assert file.read_text() == "junk\n"
+    file.unlink()
+    assert node.check() == 0
+
+
 def test_an_unreadable_file_exits_2(node, capsys):
     assert main(["--check-config", "-c", str(node.root / "none.toml")]) == 2
     assert "cannot be read: No such file" in capsys.readouterr().out
