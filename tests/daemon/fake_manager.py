@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.daemon.harness import ROOT, Daemon, config_text, free_port, model_text, upstream_text, wait_for
-from tests.daemon.load import Failure, Newcomers, Scripted, build, total
+from tests.daemon.load import Failure, Newcomers, Scripted, build, end_on_term, total
 
 STORE_MAX = 512
 FIRST_FD = 3  # sd_listen_fds(3)
@@ -254,6 +254,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=1000)
     parser.add_argument("--streams", type=int, default=100)
     given = parser.parse_args()
+    end_on_term()
     with tempfile.TemporaryDirectory(prefix="manager-") as folder:
         outcome = load_rounds(Path(folder), given.restarts, given.rate, given.streams)
     print(f"kept: {dict(outcome.kept)}; from TERM to READY: {', '.join(f'{away:.2f}' for away in outcome.away_s)} s")

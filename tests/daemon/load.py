@@ -11,7 +11,9 @@ import contextlib
 import functools
 import json
 import queue
+import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -190,6 +192,11 @@ def loads(*made: Newcomers) -> Iterator[tuple[Newcomers, ...]]:
     finally:
         for one in made:
             one.close()
+
+
+def end_on_term() -> None:
+    """For a main(): a TERM ends it in order, with all that it has started."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
 
 
 def children_of(pid: int) -> list[int]:

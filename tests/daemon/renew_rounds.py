@@ -34,7 +34,7 @@ from typing import Any
 
 from tests.daemon.harness import config_text, free_port, model_text, upstream_text, wait_for
 from tests.daemon.installed import FILES, PROGRAMS, InstalledDaemon, Renewal, broken
-from tests.daemon.load import Failure, Newcomers, Scripted, build, children_of, total
+from tests.daemon.load import Failure, Newcomers, Scripted, build, children_of, end_on_term, total
 from tests.daemon.sdk.nginx import Nginx, render
 from tests.daemon.worker_loss import Kill, is_of, stop_look_kill
 
@@ -376,6 +376,7 @@ def main() -> int:
     parser.add_argument("--kills", action="store_true", help="kill a worker during each renewal")
     parser.add_argument("--nginx", action="store_true", help="as --via nginx-tcp,nginx-unix")
     given = parser.parse_args()
+    end_on_term()
     least, most = (int(word) for word in given.events.split(","))
     breaks = tuple(word for word in given.broken.split(",") if word)
     ways = ("nginx-tcp", "nginx-unix") if given.nginx else tuple(given.via.split(","))

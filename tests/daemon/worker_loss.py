@@ -33,7 +33,7 @@ from typing import Any
 from proxyd.shm.beats import Beat, State
 from proxyd.shm.region import Region
 from tests.daemon.harness import Daemon, config_text, free_port, model_text, upstream_text, wait_for
-from tests.daemon.load import Failure, Newcomers, Scripted, build, children_of, loads
+from tests.daemon.load import Failure, Newcomers, Scripted, build, children_of, end_on_term, loads
 
 RESPAWN_S = 0.3
 TRIES_S = 10.0
@@ -291,6 +291,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     given = parser.parse_args()
+    end_on_term()
     plan = Plan(given.seconds, given.every, given.stopped, given.rate, given.workers, given.seed)
     print(f"seed {given.seed}")
     with tempfile.TemporaryDirectory(prefix="loss-") as folder:
