@@ -161,8 +161,10 @@ def _serve(path: str, environ: Mapping[str, str]) -> int:
     try:
         report = check.examine(path, environ)
     except OSError as error:
-        message = f"cannot read {path}: {error.strerror}; name a file: -c FILE, or try --demo"
-        return fail("proxyd", check.UNREADABLE, message)
+        remedy = "name a file: -c FILE, or try --demo"
+        if isinstance(error, PermissionError):
+            remedy = f"this user (uid {os.geteuid()}) must be let in: chmod 0644 {path}, and its directories 0755"
+        return fail("proxyd", check.UNREADABLE, f"cannot read {path}: {error.strerror}; {remedy}")
     for finding in report.findings:
         fail("proxyd", 0, finding.text())
     if report.config is None or report.secrets is None:

@@ -360,3 +360,19 @@ def test_a_directory_that_is_mounted_read_only_names_the_units_line(tmp_path, mo
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=told.f_flag | os.ST_RDONLY))
     (found,) = check._directory(("server", "state_dir"), str(folder), 0o700, is_needed=True)
     assert found[3].endswith(f"[Service] ReadWritePaths={folder}")
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "must be let in: chmod 0644 /etc/proxyd/x.toml"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), "-c FILE"),
+    ],
+)
+def test_a_start_without_its_file_says_what_to_do(monkeypatch, capsys, error, remedy):
+    def examine(*_):
+        raise error
+
+    monkeypatch.setattr(check, "examine", examine)
+    assert main(["-c", "/etc/proxyd/x.toml"]) == 2
+    assert remedy in capsys.readouterr().err
