@@ -28,6 +28,7 @@ from proxyd.config.units import format_duration
 from proxyd.host import limits, memory, ports
 from proxyd.host.kernel import command
 from proxyd.host.look import MAY_TRACK, TCP_MEM, TRACKED, TRACKED_FOR, UNPRIVILEGED, Host
+from proxyd.shm.region import count_seats
 
 # What the daemon may take beyond server.drain_timeout: streams that must be ended, and the last rows.
 STOP_MARGIN_S = 15.0
@@ -75,7 +76,7 @@ def _open_files(case: Case, default_file: str) -> Iterator[Found]:
 
 
 def _files(case: Case, allowed: int, whose: str, *, is_decisive: bool) -> Iterator[Found]:
-    judged = limits.decide(case.load.per_worker, allowed)
+    judged = limits.decide(case.load.per_worker, allowed, count_seats(case.config.server.workers))
     if judged.problem and (is_decisive or not judged.is_enough):
         key: KeyPath = ("upstream", 0, "max_connections")
         is_error = is_decisive and not judged.is_enough

@@ -25,28 +25,13 @@ from proxyd.master.spec import GenerationSpec
 from proxyd.shm.beats import Beat, State
 from proxyd.shm.ledger import Ledger
 from proxyd.shm.metrics import read
-from proxyd.shm.region import Region
+from proxyd.shm.region import Region, count_seats
 from proxyd.store.sink import load
 from proxyd.telemetry import writer
 from proxyd.telemetry.questions import Channel
 from proxyd.telemetry.watch import Watch, watching
 from proxyd.worker.main import Context, Services, run_telemetry, run_worker
 from proxyd.worker.services import Blueprint, build
-
-# Seats for workers: of generations that drain, too. Forty renewals in a row, each with long streams left, find room.
-# A free one costs address space and two descriptors; with more than SEATS_MANY those count, so nodes of many workers
-# have eight generations.
-SEATS_LEAST = 128
-SEATS_PER_WORKER = 42
-SEATS_MANY = 512
-SEATS_PER_WORKER_LEAST = 8
-SEATS_MOST = 4096  # the most workers, eight times; half of what the region can have
-
-
-def count_seats(workers: int) -> int:
-    """How many workers of all generations together there may be, of a node that starts with so many."""
-    many = min(SEATS_PER_WORKER * workers, SEATS_MANY)
-    return min(max(SEATS_LEAST, many, SEATS_PER_WORKER_LEAST * workers), SEATS_MOST)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from proxyd.host.systemd import Notifier, take_listen_fds
 from proxyd.log import Log
 from proxyd.master.main import Master
 from proxyd.master.spec import MasterSpec, Program
-from proxyd.shm.region import Region
+from proxyd.shm.region import Region, count_seats
 from proxyd.shm.revocations import RevocationRing
 from proxyd.store.revocations import RevocationFile, RevocationFileError
 from proxyd.telemetry.segment import SpoolError, ensure_spool_dir
@@ -57,7 +57,8 @@ def run(
     given = take_listen_fds(os.environ)
     environ = dict(os.environ)
     allowed = limits.raise_open_files()
-    files = limits.decide(sum(upstream.max_connections for upstream in config.upstream), allowed)
+    connections = sum(upstream.max_connections for upstream in config.upstream)
+    files = limits.decide(connections, allowed, count_seats(server.workers))
     if files.problem:
         fail("proxyd", 0, f"{files.problem}; {files.remedy}")
     if not files.is_enough:

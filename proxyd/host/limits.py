@@ -26,12 +26,16 @@ class FileLimit:
     remedy: str
 
 
-def decide(upstream_connections: int, allowed: int) -> FileLimit:
-    """`upstream_connections`: the sum of `max_connections` a worker may open; `allowed`: its limit of open files."""
-    needed = int(2 * upstream_connections * HEADROOM) + FIXED
+def decide(upstream_connections: int, allowed: int, seats: int = 0) -> FileLimit:
+    """`upstream_connections`: the sum of `max_connections` a worker may open; `allowed`: its limit of open files.
+    `seats`: of a node that is to start; its master has two sockets for each."""
+    needed = max(int(2 * upstream_connections * HEADROOM), 2 * seats) + FIXED
     wanted = needed + COMFORTABLE_CLIENTS
     problem = remedy = ""
-    if allowed < needed:
+    if allowed < 2 * seats + FIXED:
+        problem = f"open files: the limit of {allowed} is below the {needed} that the master needs"
+        remedy = "raise LimitNOFILE (or ulimit -n)"
+    elif allowed < needed:
         problem = (
             f"open files: the limit of {allowed} is below the {needed} that each worker needs for "
             f"{upstream_connections} upstream connections"

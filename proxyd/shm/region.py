@@ -59,6 +59,21 @@ _GEOMETRY = {
     "seat bytes": SLOT_BYTES,
 }
 
+# Seats for workers: of generations that drain, too. Forty renewals in a row, each with long streams left, find room.
+# A free one costs address space and two descriptors; with more than SEATS_MANY those count, so nodes of many workers
+# have eight generations.
+SEATS_LEAST = 128
+SEATS_PER_WORKER = 42
+SEATS_MANY = 512
+SEATS_PER_WORKER_LEAST = 8
+SEATS_MOST = 4096  # the most workers, eight times; half of what the region can have
+
+
+def count_seats(workers: int) -> int:
+    """How many workers of all generations together there may be, of a node that starts with so many."""
+    many = min(SEATS_PER_WORKER * workers, SEATS_MANY)
+    return min(max(SEATS_LEAST, many, SEATS_PER_WORKER_LEAST * workers), SEATS_MOST)
+
 
 class Region:
     """The mapping. `slots`: its seats. Workers have the first ones, then telemetry has one, then the master."""
