@@ -251,12 +251,14 @@ class Listeners:
 
     # --- the end -------------------------------------------------------------------------------------------------
 
-    def close_public(self) -> None:
-        """In a process that accepts no more. A listener ends, and the kernel refuses newcomers, when the master and
-        every worker closed it; the paths are the master's to remove."""
+    def close_public(self, but: int | None = None) -> None:
+        """In a process that accepts no more; `but`: or on no other slot's. A listener ends, and the kernel refuses
+        newcomers, when the master and every worker closed it; the paths are the master's to remove."""
+        kept = self.of_slot(but) if but is not None else []
         for one in self._bound:
             for sock in one.socks:
-                sock.close()
+                if sock not in kept:
+                    sock.close()
 
     def unlink_public(self) -> None:
         """In the master, when it drains: nobody finds the Unix listeners any more. Not if they are kept for a

@@ -253,8 +253,8 @@ class Master:
         self._crew.is_stopping = True
         self._spec.notifier.stopping("draining")
         for listeners in self._crew.listeners_in_use():
-            # The workers accept what waits, then close theirs; the kernel refuses newcomers from then on.
-            listeners.unlink_public()
+            # The workers tell newcomers to come back while they drain. One that is done accepts what waits and closes
+            # its own; the kernel gives the next ones to the others, and refuses them when there is none.
             listeners.close_public()
         self._crew.stop(self._roster.workers, serving.spec.drain_timeout_s + KILL_AFTER_DRAIN_S)
 

@@ -1,7 +1,8 @@
 """Ends a worker without cutting anybody who can be finished.
 
-Owns the order: accept no more, let what runs finish, end the rest one by one, close; and the report of it. Must not
-know what a stream is: it sees counts. Bounds: the window's end, then ABORT_S for the last error events to leave.
+Owns the order: refuse newcomers, let what runs finish, end the rest one by one, leave the listeners; and the report of
+it. Must not know what a stream is: it sees counts. Bounds: the window's end, then ABORT_S for the last error events to
+leave.
 
     TERM     |---- all may finish ----|---- ended, longest-running first ----|  drain_timeout
              begun                    half of it                             the last
@@ -104,9 +105,23 @@ class Drainable(Protocol):
         """Accepts no more and gives idle connections away; serves what comes on the others."""
         ...
 
+    @property
+    def awaited(self) -> int:
+        """What keeps the listeners open beside what is running here: other workers' streams, where no kernel would
+        pass newcomers on to them."""
+        ...
+
+    @property
+    def is_orphan(self) -> bool:
+        """The master is gone: its successor wants the addresses."""
+        ...
+
+    def refuse(self) -> None:
+        """From now on newcomers are answered with 503, and so is a request on a connection that was open."""
+        ...
+
     def stop_accepting(self) -> None:
-        """Takes what already waits in the backlog, closes the listeners and every idle client connection; a request
-        that still arrives gets 503 and its connection closes."""
+        """Takes what already waits in the backlog, closes the listeners and every idle client connection."""
         ...
 
     def interrupt(self, keep: int) -> int:
@@ -150,14 +165,24 @@ async def retire(
         await asyncio.sleep(LOOK_S)
 
 
+def _is_done(services: Drainable, is_late: bool) -> bool:
+    return not services.running and (is_late or not services.awaited)
+
+
 async def drain(services: Drainable, clock: Clock, window: Callable[[], Window]) -> None:
     """Returns when nothing is busy, or ABORT_S after the window. It may come nearer meanwhile: the master may die
-    while we drain."""
-    services.stop_accepting()
+    while we drain. While requests run newcomers hear that the node leaves; the last of them are answered, too."""
+    services.refuse()
     at_begin: int | None = None
-    # Looked at, not waited for: the count belongs to rooms that must not know that a drain exists.
-    while services.busy:
+    has_left = False
+    # Looked at, not waited for: the counts belong to rooms that must not know that a drain exists.
+    while True:
         now, current = clock.monotonic(), window()
+        if not has_left and (services.is_orphan or _is_done(services, now >= current.end)):
+            has_left = True
+            services.stop_accepting()
+        if has_left and not services.busy:
+            return
         if now >= current.end + ABORT_S:
             return
         if now >= current.begin:

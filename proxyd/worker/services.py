@@ -12,7 +12,8 @@ Owns the wiring, the order of starting and ending, and the words of readiness. M
     SERVING -> RETIRING -> DRAINING     retiring: as serving, without newcomers; draining: requests get 503
        '-----------------------'
 
-Everything is made after the fork: it belongs to one loop and one process.
+Everything is made after the fork: it belongs to one loop and one process. This file is long because the order of
+starting and of ending is to be read in one place.
 """
 
 from __future__ import annotations
@@ -72,6 +73,9 @@ LAST_SERVED_S = 0.5
 # A connection that is kept may ask once more, and hears that the node leaves: a balancer that looks at /readyz does.
 # Half may miss one that looks every five seconds, twice keeps clients on a node that has nothing for them.
 KEPT_IDLE_S = 5.0
+# Where a successor takes the listeners, newcomers wait for it so long, and hear 503 then. Half: more of a restart's are
+# refused; twice: a stop, which looks the same, keeps clients waiting that might ask another node.
+HOLD_S = 5.0
 DRAIN_RETRY_S = 5
 OVERLOAD_RETRY_S = 5
 EXPIRE_EVERY_TICKS = 60
@@ -113,8 +117,9 @@ class WorkerServices:
 
     __slots__ = (
         "_acceptor", "_admin", "_adoption", "_arrivals", "_asker", "_blueprint", "_clock", "_context", "_door",
-        "_hand_over", "_is_last_read", "_keys", "_listeners", "_log", "_metrics", "_part", "_ready", "_relay",
-        "_revocations", "_ring", "_spool", "_standing", "_ticks", "_totals", "_upstreams", "_web", "_wheel",
+        "_hand_over", "_has_left", "_is_last_read", "_keys", "_listeners", "_log", "_metrics", "_part", "_ready",
+        "_relay", "_revocations", "_ring", "_spool", "_standing", "_ticks", "_totals", "_upstreams", "_was_retiring",
+        "_web", "_wheel",
     )  # fmt: skip
 
     def __init__(self, context: Context, blueprint: Blueprint) -> None:
@@ -127,7 +132,7 @@ class WorkerServices:
         self._listeners = listeners
         self._part = Part.SERVING
         self._ticks = 0
-        self._is_last_read = False
+        self._is_last_read = self._was_retiring = self._has_left = False
         self._wheel = Wheel(clock.monotonic())
         self._keys = keys = KeyFetcher(loop, config.auth.jwks_url, log) if config.auth.jwks_url else None
         sessions = Sessions(config.auth, blueprint.secrets, clock, request_fetch=keys.request if keys else None)
@@ -350,8 +355,20 @@ class WorkerServices:
         else:
             self._door.retire(lambda conn: None)
 
-    def stop_accepting(self) -> None:
-        was_retiring = self._part is Part.RETIRING
+    @property
+    def awaited(self) -> int:
+        """Where the listeners stay open behind us, who knocks at ours would be heard by nobody."""
+        if not self._blueprint.keeps_listeners or self._was_retiring:
+            return 0
+        region, own = self._context.region, self._context.birth.seat
+        return sum(Beat(region, seat).streams for seat in range(region.telemetry) if seat != own)
+
+    @property
+    def is_orphan(self) -> bool:
+        return not self._standing.has_master
+
+    def refuse(self) -> None:
+        self._was_retiring = self._part is Part.RETIRING
         is_kept = self._blueprint.keeps_listeners
         # Where a successor comes, what is on its way on kept connections is still served; a 503 would be the only one.
         self._part = Part.RETIRING if is_kept else Part.DRAINING
@@ -359,24 +376,41 @@ class WorkerServices:
         self._door.draining = True
         if self._hand_over is not None:
             self._hand_over.stop()
-        if not was_retiring:
-            self._leave_listeners(takes_rest=not is_kept)
+        if not self._was_retiring:
+            self._adoption.close()
+            self._listeners.close_public(but=self._context.birth.slot)
+            if is_kept:
+                self._acceptor.pause()
+                self._context.loop.call_later(HOLD_S, self._refuse_who_waits)
             if self._arrivals is not None:
                 self._arrivals.pause()
                 self._arrivals.take_rest()
-        self._is_last_read = True
-        window_s = LAST_SERVED_S if is_kept else LAST_READ_S
-        self._context.loop.call_later(window_s, self._after_last_read, is_kept)
+        self._begin_last_read()
         self._context.loop.call_later(KEPT_IDLE_S, self._door.drain)
+
+    def _refuse_who_waits(self) -> None:
+        if not self._has_left:
+            self._acceptor.resume()
+
+    def stop_accepting(self) -> None:
+        if not self._was_retiring:
+            self._leave_listeners(takes_rest=not self._blueprint.keeps_listeners)
+        self._begin_last_read()
 
     def _leave_listeners(self, *, takes_rest: bool) -> None:
         """Whoever waits in the backlog gets an answer here, or from who keeps the listeners open."""
+        self._has_left = True
         self._acceptor.pause()
         self._adoption.close()
         if takes_rest:
             self._acceptor.accept_rest()
         self._acceptor.close()
         self._listeners.close_public()
+
+    def _begin_last_read(self) -> None:
+        is_kept = self._blueprint.keeps_listeners
+        self._is_last_read = True
+        self._context.loop.call_later(LAST_SERVED_S if is_kept else LAST_READ_S, self._after_last_read, is_kept)
 
     def _after_last_read(self, has_successor: bool) -> None:
         self._is_last_read = False

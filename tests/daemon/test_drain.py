@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import selectors
 import signal
@@ -11,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.daemon.harness import (
     CHAT,
@@ -22,8 +25,12 @@ from tests.daemon.harness import (
     Wire,
     ask,
     chat_chunk,
+    config_text,
+    free_port,
+    model_text,
     node,
     request_bytes,
+    upstream_text,
     wait_for,
 )
 
@@ -195,3 +202,45 @@ def test_a_client_that_takes_nothing_does_not_hold_the_end(upstream: Make, tmp_p
         assert (report["running"], report["dropped"]) == (1, 1)
         assert "child_killed" not in daemon.log()
         assert {row["status"] for row in daemon.wait_rows(1)} == {"interrupted"}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_newcomers_are_told_to_come_back_for_as_long_as_it_takes(upstream: Make, tmp_path: Path, workers: int) -> None:
+    """Over TCP and a Unix socket, also those whom the kernel gave to a worker that had nothing to wait for."""
+    script = Endless()
+    path = tmp_path / "public.sock"
+    port = free_port()
+    server = f'listen = ["127.0.0.1:{port}", "unix:{path}"]\nworkers = {workers}\ndrain_timeout = "60s"'
+    text = upstream_text(upstream(script).url + "/v1") + model_text("*", 1, '["openai"]')
+    daemon = Daemon(tmp_path, config_text(tmp_path, port, text, server=server))
+    daemon.port = port
+    with contextlib.ExitStack() as stack:
+        stack.callback(daemon.kill)
+        stack.callback(daemon.close_clients)
+        daemon.start()
+        running = stream(daemon, "running")
+        term(daemon)
+        wait_for(lambda: '"draining"' in daemon.log())
+        time.sleep(0.5)
+        for number in range(24):
+            if number % 2:
+                sock = daemon.connect()
+            else:
+                sock = socket.socket(socket.AF_UNIX)
+                sock.settimeout(10)
+                sock.connect(str(path))
+            with sock:
+                reply = get(sock, "/readyz")
+                assert (reply.status, reply.header("connection")) == (503, "close")
+        with daemon.connect() as sock:
+            sock.sendall(request_bytes("/v1/chat/completions", CHAT, daemon.token()))
+            refused = Reply(sock)
+            assert refused.status == 503
+            assert refused.header("retry-after")
+        script.go.set()
+        assert running.body().endswith(DONE)
+        assert daemon.process is not None
+        assert daemon.process.wait(20) == 0
+        assert not path.exists()
+        with pytest.raises(ConnectionRefusedError):
+            daemon.connect()

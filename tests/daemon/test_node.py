@@ -90,7 +90,7 @@ def status_of(daemon: Daemon) -> dict:
     return json.loads(body)
 
 
-def test_term_lets_a_stream_end_and_closes_the_port(tmp_path: Path, upstream: MakeUpstream) -> None:
+def test_term_lets_a_stream_end_and_newcomers_hear_that_it_ends(tmp_path: Path, upstream: MakeUpstream) -> None:
     held = Held()
     with node(tmp_path, upstream(held)) as daemon:
         reply = ask(daemon)
@@ -99,14 +99,9 @@ def test_term_lets_a_stream_end_and_closes_the_port(tmp_path: Path, upstream: Ma
         daemon.process.send_signal(signal.SIGTERM)
         wait_for(lambda: status_of(daemon)["state"] == "draining")
 
-        def is_refused() -> bool:
-            try:
-                daemon.connect().close()
-            except ConnectionRefusedError:
-                return True
-            return False
-
-        wait_for(is_refused)
+        refused = ask(daemon)
+        assert (refused.status, refused.header("connection")) == (503, "close")
+        assert json.loads(refused.body())["error"]["code"] == "draining"
         held.go.set()
         rest = reply.body()
         assert b"last" in rest

@@ -62,13 +62,11 @@ def send(daemon: Daemon, number: signal.Signals) -> None:
     daemon.process.send_signal(number)
 
 
-def is_refused(daemon: Daemon) -> bool:
-    """No listener any more: a connection is refused by the kernel."""
-    try:
-        daemon.connect()
-    except ConnectionRefusedError:
-        return True
-    return False
+def is_leaving(daemon: Daemon) -> bool:
+    """Newcomers hear that the node drains."""
+    with daemon.connect() as sock:
+        sock.sendall(b"GET /readyz HTTP/1.1\r\nHost: t\r\n\r\n")
+        return Reply(sock).status == 503
 
 
 def family(daemon: Daemon) -> list[int]:
@@ -95,7 +93,7 @@ def test_a_drain_lets_all_streams_of_all_workers_end_and_exits_with_zero(
         idle = daemon.connect()
         began = time.monotonic()
         send(daemon, number)
-        wait_for(lambda: is_refused(daemon))
+        wait_for(lambda: is_leaving(daemon))
         idle.settimeout(10)
         assert idle.recv(1) == b""  # a connection without a request is closed, not kept for the drain's length
         script.go.set()
@@ -116,7 +114,7 @@ def test_a_request_on_a_kept_connection_during_the_drain_is_told_to_come_back(up
         kept.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: t\r\n")  # a head that is not complete yet
         live = stream(daemon)
         send(daemon, signal.SIGTERM)
-        wait_for(lambda: is_refused(daemon))
+        wait_for(lambda: is_leaving(daemon))
         kept.sendall(b"Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
         reply = Reply(kept)
         assert reply.status == 503

@@ -115,6 +115,12 @@ class Trivial:
     def retire(self) -> None:
         self.stop_accepting()
 
+    awaited = 0
+    is_orphan = False
+
+    def refuse(self) -> None:
+        self.stop_accepting()
+
     def stop_accepting(self) -> None:
         if self._is_closed:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -30,12 +31,21 @@ class Stage:
         self._until = clock.monotonic() + last_s
         self._deaf = deaf
         self.running = running
+        self.awaited = 0
+        self.master_dies_at = 1e9
         self.finished = 0
         self.handed_over = 0
         self.ended = 0
         self.named: list[dict[str, Any]] = []
         self.calls: list[str] = []
         self.ended_at: list[float] = []
+
+    @property
+    def is_orphan(self) -> bool:
+        self._clock.advance(0.1)
+        if self._clock.monotonic() >= self._until:
+            self._over(self.running)
+        return self._clock.monotonic() >= self.master_dies_at
 
     @property
     def busy(self) -> int:
@@ -54,6 +64,9 @@ class Stage:
 
     def retire(self) -> None:
         self.calls.append("retire")
+
+    def refuse(self) -> None:
+        self.calls.append("refuse")
 
     def stop_accepting(self) -> None:
         self.calls.append("stop_accepting")
@@ -119,7 +132,49 @@ async def test_a_drain_waits_for_what_runs_and_cuts_nothing(clock: FakeClock) ->
     stage = Stage(clock, 3, last_s=5)
     end = clock.monotonic() + 10
     await drain(stage, clock, lambda: Window(end, end))
-    assert (stage.calls, stage.ended, stage.finished) == (["stop_accepting"], 0, 3)
+    assert (stage.calls, stage.ended, stage.finished) == (["refuse", "stop_accepting"], 0, 3)
+
+
+async def test_newcomers_are_answered_until_the_last_request_is_over(clock: FakeClock) -> None:
+    stage = Stage(clock, 3, last_s=5)
+    end = clock.monotonic() + 10
+    task = asyncio.ensure_future(drain(stage, clock, lambda: Window(end, end)))
+    await asyncio.sleep(0)
+    assert stage.calls == ["refuse"]
+    await task
+    assert stage.calls == ["refuse", "stop_accepting"]
+
+
+async def test_one_that_is_done_goes_on_refusing_while_others_at_the_same_listeners_run(clock: FakeClock) -> None:
+    stage = Stage(clock, 0)
+    stage.awaited = 1
+    end = clock.monotonic() + 10
+    task = asyncio.ensure_future(drain(stage, clock, lambda: Window(end, end)))
+    await asyncio.sleep(0)
+    assert stage.calls == ["refuse"]
+    stage.awaited = 0
+    await task
+    assert stage.calls == ["refuse", "stop_accepting"]
+
+
+async def test_it_does_so_no_longer_than_its_own_time(clock: FakeClock) -> None:
+    stage = Stage(clock, 0)
+    stage.awaited = 1
+    end = clock.monotonic() + 10
+    await drain(stage, clock, lambda: Window(end, end))
+    assert clock.monotonic() <= end + 1
+
+
+async def test_an_orphan_leaves_the_addresses_to_the_next_master_at_once(clock: FakeClock) -> None:
+    stage = Stage(clock, 3, last_s=5)
+    stage.master_dies_at = clock.monotonic() + 2
+    end = clock.monotonic() + 10
+    task = asyncio.ensure_future(drain(stage, clock, lambda: Window(end, end)))
+    while "stop_accepting" not in stage.calls:
+        await asyncio.sleep(0)
+    assert stage.running == 3
+    await task
+    assert stage.finished == 3
 
 
 async def test_the_rest_is_ended_one_by_one(clock: FakeClock) -> None:
