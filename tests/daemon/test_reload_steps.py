@@ -75,7 +75,7 @@ FAILURES: dict[str, tuple[dict[str, Any], str]] = {
     "a plan with a bug": ({"bug": "colour"}, "KeyError: 'colour'"),
     "a worker that cannot boot": ({"fail": {"1": "cannot boot"}}, "worker 1 of generation 2 did not start: exit code"),
     "a worker that crashes": ({"fail": {"0": "crash"}}, "worker 0 of generation 2 did not start: exit code 1"),
-    "a worker that is never ready": ({"fail": {"1": "hang"}}, "worker 1 of generation 2 not ready within 1 s"),
+    "a worker that is never ready": ({"fail": {"1": "hang"}}, "worker 1 of generation 2 not ready within 0.7 s"),
     "more workers than there are seats": ({"workers": 15}, "15 workers do not fit twice"),
 }
 
@@ -83,7 +83,7 @@ FAILURES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("how", FAILURES)
 def test_a_reload_that_fails_leaves_everything_as_it_was(start: Any, how: str) -> None:
     wish, says = FAILURES[how]
-    node = start(wish, check_timeout=1.0, boot_timeout=1.0)
+    node = start(wish, check_timeout=0.7, boot_timeout=0.7)
     before, open_before = workers(node), descriptors(node)
     node.signal(signal.SIGHUP)
     assert says in node.wait_event("reload_failed")["detail"]
@@ -95,7 +95,7 @@ def test_a_reload_that_fails_leaves_everything_as_it_was(start: Any, how: str) -
 
 
 def test_what_a_failed_generation_had_accepted_is_finished(start: Any) -> None:
-    node = start({"fail": {"1": "hang"}}, boot_timeout=3.0)
+    node = start({"fail": {"1": "hang"}}, boot_timeout=2.0)
     before = workers(node)
     node.signal(signal.SIGHUP)
     eventually(lambda: len(workers(node) - before) == 2, "the new workers")
