@@ -17,6 +17,7 @@ from typing import Any
 from proxyd.clock import SYSTEM
 from proxyd.config.schema import Config
 from proxyd.config.secrets import Secrets
+from proxyd.dialects.tokens import O200K
 from proxyd.host.child import Birth, ChildSpec
 from proxyd.host.passage import Passage
 from proxyd.host.sockets import Listeners, count_time_wait
@@ -88,6 +89,8 @@ class Node:
     ) -> GenerationSpec:
         """Nothing is started: the master forks. What the sink needs is imported here, before the fork: a child that is
         born later must not find another version's files."""
+        if not O200K.is_ready:
+            O200K.load()  # 15 ms here once, and pages that all workers share; what is wrong with it each of them tells
         load(config.telemetry.sink)
         blueprint = Blueprint(
             config, secrets, listeners, self.ledger, self.questions, page_cookie, passage=self.passage
