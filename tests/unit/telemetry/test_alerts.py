@@ -117,12 +117,25 @@ def test_the_latency_is_what_the_node_adds_and_not_the_model() -> None:
     metrics.tick(1000.0)
     metrics.histogram("proxyd_time_to_first_event_seconds").record(30.0)
     metrics.histogram("proxyd_relay_lag_seconds").record(0.001)
-    metrics.histogram("proxyd_loop_lag_seconds").record(0.300)
+    for _ in range(101):
+        metrics.histogram("proxyd_loop_lag_seconds").record(0.300)
     metrics.histogram("proxyd_telemetry_lag_seconds").record(9.0)
     found = measured(region, "p99_latency > 200ms", "p99_relay_lag > 1ms", "p50_time_to_first_event > 1s")
     assert found["p99_latency > 200ms"] == pytest.approx(300, rel=0.05)
     assert found["p99_relay_lag > 1ms"] == pytest.approx(1, rel=0.05)
     assert found["p50_time_to_first_event > 1s"] == pytest.approx(30, rel=0.05)
+
+
+def test_a_few_late_pulses_of_a_node_that_has_just_started_are_no_latency() -> None:
+    region = Region.create(4)
+    metrics = Metrics(region, 0)
+    metrics.tick(1000.0)
+    metrics.histogram("proxyd_relay_lag_seconds").record(0.001)
+    for _ in range(30):
+        metrics.histogram("proxyd_loop_lag_seconds").record(0.300)
+    found = measured(region, "p99_latency > 200ms", "p99_loop_lag > 200ms")
+    assert found["p99_latency > 200ms"] == pytest.approx(1, rel=0.05)
+    assert found["p99_loop_lag > 200ms"] == pytest.approx(300, rel=0.05)
 
 
 def test_a_latency_of_which_nothing_was_measured_in_the_last_minute_is_unknown() -> None:
