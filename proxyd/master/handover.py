@@ -119,7 +119,7 @@ def read(fd: int) -> Handed:
         raise HandoverError(f"the state cannot be read: {error.strerror}") from error
     try:
         document = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise HandoverError(f"the state ({size} bytes) is no JSON document") from None
     return parse(document)
 

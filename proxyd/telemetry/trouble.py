@@ -143,6 +143,8 @@ def tell_left(directory: Path, known: Mapping[str, Stream], gathered: int, log: 
     except OSError as error:
         log.error("spool_unreadable", directory=str(directory), reason=str(error))
         return
+    if records == 0 and not gathered:
+        return
     log.error(
         "rows_left_in_spool",
         records=None if records is None else records + gathered,

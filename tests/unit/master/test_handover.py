@@ -99,7 +99,7 @@ def test_so_is_one_of_a_slot(key: str) -> None:
         handover.parse(document)
 
 
-@pytest.mark.parametrize("text", [b"", b"nonsense", b"[]", b"null", b'{"format":', b"\xff\xfe"])
+@pytest.mark.parametrize("text", [b"", b"nonsense", b"[]", b"null", b'{"format":', b"\xff\xfe", b"[" * 100_000])
 def test_what_is_no_document_is_refused(text: bytes) -> None:
     fd = os.memfd_create("test")
     os.write(fd, text)

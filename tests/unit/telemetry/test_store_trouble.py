@@ -95,6 +95,12 @@ def test_a_stop_that_gives_up_says_how_many_records_stay(world: World) -> None:
     assert left["bytes"] == sum(path.stat().st_size for path in world.spool.iterdir())
 
 
+def test_a_stop_that_gives_up_with_nothing_to_store_has_nothing_to_say(world: World) -> None:
+    world.database.write_bytes(b"this is not a database, " * 100)
+    world.drain(drain_s=0.0)
+    assert world.log.named("rows_left_in_spool") == []
+
+
 def test_interrupted_requests_are_named_twenty_of_them_and_counted(world: World) -> None:
     spool = world.writer()
     for txn in range(1, 26):
