@@ -261,7 +261,7 @@ class Listeners:
                     sock.close()
 
     def unlink_public(self) -> None:
-        """In the master, when it drains: nobody finds the Unix listeners any more. Not if they are kept for a
+        """In the master, at its end: nobody finds the Unix listeners any more. Not if they are kept for a
         successor."""
         for one in self._bound:
             if one.unix is not None and not self._is_stored:

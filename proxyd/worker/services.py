@@ -18,6 +18,8 @@ starting and of ending is to be read in one place.
 
 from __future__ import annotations
 
+import asyncio
+
 # Named here because others import them at their first use: each worker would pay for it with its first request, and by
 # then pip may have replaced the files with those of another version.
 import encodings.ascii
@@ -117,7 +119,7 @@ class WorkerServices:
 
     __slots__ = (
         "_acceptor", "_admin", "_adoption", "_arrivals", "_asker", "_blueprint", "_clock", "_context", "_door",
-        "_hand_over", "_has_left", "_is_last_read", "_keys", "_listeners", "_log", "_metrics", "_part", "_ready",
+        "_hand_over", "_has_left", "_keys", "_last_read", "_listeners", "_log", "_metrics", "_part", "_ready",
         "_relay", "_revocations", "_ring", "_spool", "_standing", "_ticks", "_totals", "_upstreams", "_was_retiring",
         "_web", "_wheel",
     )  # fmt: skip
@@ -132,7 +134,8 @@ class WorkerServices:
         self._listeners = listeners
         self._part = Part.SERVING
         self._ticks = 0
-        self._is_last_read = self._was_retiring = self._has_left = False
+        self._was_retiring = self._has_left = False
+        self._last_read: asyncio.TimerHandle | None = None
         self._wheel = Wheel(clock.monotonic())
         self._keys = keys = KeyFetcher(loop, config.auth.jwks_url, log) if config.auth.jwks_url else None
         sessions = Sessions(config.auth, blueprint.secrets, clock, request_fetch=keys.request if keys else None)
@@ -250,7 +253,7 @@ class WorkerServices:
     def busy(self) -> int:
         connections = self._door.connections
         active = len(connections) - self._door.count(ClientState.IDLE)
-        return max(self._relay.live, active, len(connections) if self._is_last_read else 0)
+        return max(self._relay.live, active, len(connections) if self._last_read is not None else 0)
 
     @property
     def held(self) -> int:
@@ -408,12 +411,15 @@ class WorkerServices:
         self._listeners.close_public()
 
     def _begin_last_read(self) -> None:
+        """Anew for those who came last: what began before must not end it for them."""
+        if self._last_read is not None:
+            self._last_read.cancel()
         is_kept = self._blueprint.keeps_listeners
-        self._is_last_read = True
-        self._context.loop.call_later(LAST_SERVED_S if is_kept else LAST_READ_S, self._after_last_read, is_kept)
+        window_s = LAST_SERVED_S if is_kept else LAST_READ_S
+        self._last_read = self._context.loop.call_later(window_s, self._after_last_read, is_kept)
 
     def _after_last_read(self, has_successor: bool) -> None:
-        self._is_last_read = False
+        self._last_read = None
         self._part = Part.DRAINING
         self._door.drain(fresh_only=not has_successor)
 

@@ -1,7 +1,8 @@
 """`proxyd --check-config --probe` against real servers: names, TCP, TLS, keys, source addresses, databases, key sets.
 
 Each upstream of one file is another kind of server, so that one call of the program tells all of them; what a database
-says is asked of the functions, which is what the program prints.
+says is asked of the functions, which is what the program prints. It is long because all of it stands on one set of
+servers and certificates, which takes seconds to make.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The front under clients that are slow, greedy, confused or gone, through real sockets."""
+"""The front under clients that are slow, greedy, confused or gone, through real sockets.
+
+It is long because each way in which a client can misbehave is a case of its own at the same front.
+"""
 
 from __future__ import annotations
 
